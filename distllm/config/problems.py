@@ -1,0 +1,47 @@
+"""The user's mistakes: each with setting, value, rule and fix, all of them in one message, exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that the user has to change.
+
+    setting: dotted name, as it is written on the command line. value: what it is now.
+    rule: what must hold. fix: what to write instead.
+    """
+
+    setting: str
+    value: object
+    rule: str
+    fix: str
+
+    def __str__(self) -> str:
+        written = {None: "null", True: "true", False: "false"}
+        value = written[self.value] if self.value is None or isinstance(self.value, bool) else self.value
+        return f"{self.setting}={value}\n    rule: {self.rule}\n    fix:  {self.fix}"
+
+
+class UserError(ValueError):
+    """Raised on every rank alike; `__main__` prints it once, without a traceback, and exits with 2."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "a UserError needs at least one problem"
+        self.problems = tuple(problems)
+        heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        body = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        super().__init__(f"{heading} with this job:\n{body}")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
+        """Pickled by its problems, so that rank 0 can send it to the other ranks."""
+        return UserError, (self.problems,)
+
+
+def user_error(setting: str, value: object, rule: str, fix: str) -> UserError:
+    """A `UserError` with a single problem."""
+    return UserError([Problem(setting, value, rule, fix)])

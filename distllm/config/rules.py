@@ -1,0 +1,284 @@
+"""Every rule that joins several settings; one small function per rule.
+
+`check` is pure, `check_environment` looks at the files of this machine, `check_versions` at its packages.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from distllm.config.problems import Problem
+from distllm.config.schema import Config
+
+Rule = Callable[[Config, int], Iterator[Problem]]
+
+OLDEST_TORCH = (2, 11)
+SUPPORTED_TORCH = "torch>=2.11,<2.14"
+NUM_BYTES = 256
+
+
+class UnknownSetting(Exception):  # noqa: N818  # it ends a rule, it is no error
+    """A rule has asked for a setting that has no sound value, which is a problem of its own already."""
+
+
+class Known(SimpleNamespace):
+    """Stands for a config of which only some settings are sound."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownSetting(name)
+
+
+def check(config: Config, world_size: int, verb: str = "train") -> list[Problem]:
+    """What the settings of a job that `verb` uses, taken together, get wrong."""
+    return _collect(RULES[verb], config, world_size)
+
+
+def check_environment(config: Config, verb: str = "train") -> list[Problem]:
+    """What the job needs on this machine and does not find."""
+    return _collect(ENVIRONMENT_RULES[verb], config, 1)
+
+
+def check_versions() -> list[Problem]:
+    """Installed packages that are too old; read from their metadata, without importing them."""
+    try:
+        installed = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "not installed"
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers and (int(numbers[1]), int(numbers[2])) >= OLDEST_TORCH:
+        return []
+    rule = f"must be at least {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
+    return [Problem("torch", installed, rule, f"pip install '{SUPPORTED_TORCH}'")]
+
+
+def _collect(rules: Sequence[Rule], config: Config, world_size: int) -> list[Problem]:
+    problems: list[Problem] = []
+    for rule in rules:
+        try:
+            problems += rule(config, world_size)
+        except UnknownSetting:
+            continue
+    return problems
+
+
+def _model_parallelism(config: Config, _: int) -> Iterator[Problem]:
+    for name, degree in (("tensor", config.parallel.tensor), ("pipeline", config.parallel.pipeline)):
+        if degree != 1:
+            rule = f"must be 1 in this version; {name} parallelism comes with the next release"
+            yield Problem(
+                f"parallel.{name}", degree, rule, f"parallel.{name}=1, and zero.stage=3 to save memory"
+            )
+
+
+def _world_size(config: Config, world_size: int) -> Iterator[Problem]:
+    degree = config.parallel.tensor * config.parallel.pipeline
+    if world_size % degree:
+        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {degree}"
+        fix = f"start {max(world_size // degree, 1) * degree} processes"
+        yield Problem("world size", world_size, rule, fix)
+
+
+def _global_batch(config: Config, world_size: int) -> Iterator[Problem]:
+    size, micro = config.train.global_batch_size, config.train.micro_batch_size
+    num_data_parallel_ranks = max(world_size // (config.parallel.tensor * config.parallel.pipeline), 1)
+    unit = micro * num_data_parallel_ranks
+    if size % unit:
+        rule = (
+            f"must be a multiple of train.micro_batch_size x data-parallel ranks = "
+            f"{micro} x {num_data_parallel_ranks} = {unit}"
+        )
+        below, above = size // unit * unit, (size // unit + 1) * unit
+        fix = " or ".join(f"train.global_batch_size={valid}" for valid in (below, above) if valid)
+        yield Problem("train.global_batch_size", size, rule, fix)
+
+
+def _attention_heads(config: Config, _: int) -> Iterator[Problem]:
+    model = config.model
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        unit = model.num_attention_heads * (2 if model.position_embedding == "rope" else 1)
+        nearest = max(model.hidden_size // unit, 1) * unit
+        rule = f"must be a multiple of model.num_attention_heads={model.num_attention_heads}"
+        fix = f"model.hidden_size={nearest}, or give model.head_dim"
+        yield Problem("model.hidden_size", model.hidden_size, rule, fix)
+
+
+def _query_groups(config: Config, _: int) -> Iterator[Problem]:
+    heads, groups = config.model.num_attention_heads, config.model.num_query_groups
+    if heads % groups:
+        nearest = max(divisor for divisor in range(1, min(heads, groups) + 1) if heads % divisor == 0)
+        rule = f"must divide model.num_attention_heads={heads}"
+        yield Problem("model.num_query_groups", groups, rule, f"model.num_query_groups={nearest}")
+
+
+def _rotary_width(config: Config, _: int) -> Iterator[Problem]:
+    model = config.model
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        return  # _attention_heads speaks of that
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    if model.position_embedding == "rope" and head_dim % 2:
+        rule = "must be even: rotary positions turn pairs of dimensions"
+        fix = f"model.head_dim={head_dim + 1}, or model.position_embedding=learned"
+        yield Problem("model.head_dim", head_dim, rule, fix)
+
+
+def _schedule_decay(config: Config, _: int) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.decay_steps is None:
+        return
+    if schedule.kind == "constant":
+        rule = "must be null: schedule.kind=constant does not decay"
+        yield Problem("schedule.decay_steps", schedule.decay_steps, rule, "schedule.decay_steps=null")
+    elif schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:
+        rule = f"must leave room for schedule.warmup_steps={schedule.warmup_steps} in train.steps={steps}"
+        longest = steps - schedule.warmup_steps
+        fix = f"schedule.decay_steps={longest}" if longest > 0 else "make schedule.warmup_steps smaller"
+        yield Problem("schedule.decay_steps", schedule.decay_steps, rule, f"{fix}, or more train.steps")
+
+
+def _schedule_minimum(config: Config, _: int) -> Iterator[Problem]:
+    low, peak = config.schedule.min_lr, config.optimizer.lr
+    if config.schedule.kind == "constant" and low:
+        rule = "must be 0: schedule.kind=constant stays at optimizer.lr"
+        yield Problem("schedule.min_lr", low, rule, "schedule.min_lr=0")
+    elif low > peak:
+        rule = f"must not be above optimizer.lr={peak}"
+        yield Problem(
+            "schedule.min_lr", low, rule, f"schedule.min_lr={peak / 10:g}, or a larger optimizer.lr"
+        )
+
+
+def _validation(config: Config, _: int) -> Iterator[Problem]:
+    interval = config.train.validation_interval
+    if interval and config.data.validation_fraction == 0:
+        rule = "must be 0 when data.validation_fraction=0 holds out no documents"
+        fix = "train.validation_interval=0, or data.validation_fraction=0.02"
+        yield Problem("train.validation_interval", interval, rule, fix)
+
+
+def _zero_overlap(config: Config, _: int) -> Iterator[Problem]:
+    if config.zero.overlap_comm and config.zero.stage == 0:
+        rule = "must be false for zero.stage=0, which has no communication to overlap"
+        yield Problem("zero.overlap_comm", True, rule, "zero.overlap_comm=false, or zero.stage=1")
+
+
+def _data_path(config: Config, _: int) -> Iterator[Problem]:
+    source, path = config.data.source, config.data.path
+    if source == "stdlib" and path is not None:
+        rule = "must be null for data.source=stdlib, which finds its files itself"
+        yield Problem("data.path", path, rule, "data=text, data=jsonl or data=parquet, with this data.path")
+    elif source != "stdlib" and not path:
+        rule = f"is required for data.source={source}"
+        yield Problem("data.path", path, rule, "data.path='FOLDER/**/*', a glob of files")
+
+
+def _tokenizer_path(config: Config, _: int) -> Iterator[Problem]:
+    kind, path = config.tokenizer.kind, config.tokenizer.path
+    if kind == "huggingface" and not path:
+        yield Problem(
+            "tokenizer.path", path, "is required for tokenizer.kind=huggingface", "tokenizer.path=FOLDER"
+        )
+    elif kind == "bytes" and path is not None:
+        rule = "must be null for tokenizer.kind=bytes, which reads no file"
+        yield Problem("tokenizer.path", path, rule, "tokenizer.path=null, or tokenizer=huggingface")
+
+
+def _vocabulary(config: Config, _: int) -> Iterator[Problem]:
+    tokenizer = config.tokenizer
+    size, smallest = tokenizer.vocab_size, NUM_BYTES + 1 + len(tokenizer.special_tokens)
+    parts = f"{NUM_BYTES} bytes, the end of a document and {len(tokenizer.special_tokens)} special tokens"
+    if tokenizer.kind == "bytes" and size not in (None, smallest):
+        rule = f"must be null or {smallest}: {parts}"
+        yield Problem("tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=null")
+    elif tokenizer.kind == "huggingface" and size is not None:
+        rule = "must be null for tokenizer.kind=huggingface, whose files say it"
+        yield Problem("tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=null")
+    elif tokenizer.kind == "bpe" and tokenizer.path is None and (size is None or size < smallest):
+        rule = f"must be at least {smallest} to train a BPE: {parts}"
+        yield Problem(
+            "tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=8192, or tokenizer.path=FOLDER"
+        )
+
+
+def _special_tokens(config: Config, _: int) -> Iterator[Problem]:
+    tokens, end = config.tokenizer.special_tokens, config.tokenizer.end_of_document
+    if not end:
+        fix = "tokenizer.end_of_document='<|endoftext|>'"
+        yield Problem("tokenizer.end_of_document", end, "must not be empty", fix)
+    if len(set(tokens)) < len(tokens) or end in tokens or "" in tokens:
+        rule = f"must be distinct, not empty, and without the end of a document {end}"
+        unique = [token for token in dict.fromkeys(tokens) if token and token != end]
+        yield Problem("tokenizer.special_tokens", tokens, rule, f"tokenizer.special_tokens={unique}")
+
+
+def _data_found(config: Config, _: int) -> Iterator[Problem]:
+    pattern = config.data.path
+    if config.data.source != "stdlib" and pattern:
+        files = glob.iglob(os.path.expanduser(pattern), recursive=True)
+        if not any(os.path.isfile(file) for file in files):
+            rule = f"must match files; none does, seen from {os.getcwd()}"
+            yield Problem("data.path", pattern, rule, "data.path='FOLDER/**/*.txt', quoted for the shell")
+
+
+def _tokenizer_found(config: Config, _: int) -> Iterator[Problem]:
+    path = config.tokenizer.path
+    if path and config.tokenizer.kind != "bytes" and not os.path.exists(os.path.expanduser(path)):
+        rule = "must be a folder with a tokenizer.json"
+        yield Problem("tokenizer.path", path, rule, "make one with `distllm tokenizer`, or correct the path")
+
+
+def _checkpoint_found(config: Config, _: int) -> Iterator[Problem]:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and not os.path.isdir(os.path.expanduser(resume)):
+        rule = "must be auto, never or the folder of a checkpoint"
+        yield Problem("checkpoint.resume", resume, rule, "checkpoint.resume=auto")
+
+
+def _run_directory(config: Config, _: int) -> Iterator[Problem]:
+    existing = os.path.abspath(os.path.expanduser(config.run.dir))
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if os.path.isdir(existing) else "is not a folder"
+        yield Problem("run.dir", config.run.dir, f"must be writable; {existing} {reason}", "run.dir=FOLDER")
+
+
+def _wandb_installed(config: Config, _: int) -> Iterator[Problem]:
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        fix = "pip install 'distllm[wandb]', or logging.wandb=false"
+        yield Problem("logging.wandb", True, "needs the package wandb, which is not installed", fix)
+
+
+_DATA_RULES: tuple[Rule, ...] = (_data_path, _tokenizer_path, _vocabulary, _special_tokens)
+_TRAIN_RULES: tuple[Rule, ...] = (
+    _model_parallelism,
+    _world_size,
+    _global_batch,
+    _attention_heads,
+    _query_groups,
+    _rotary_width,
+    _schedule_decay,
+    _schedule_minimum,
+    _validation,
+    _zero_overlap,
+)
+# Each verb answers for the sections that it uses: `generate` takes the model from its checkpoint.
+RULES: dict[str, tuple[Rule, ...]] = {
+    "train": _TRAIN_RULES + _DATA_RULES,
+    "data": _DATA_RULES,
+    "tokenizer": _DATA_RULES,
+    "generate": (),
+}
+_FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
+ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
+    "train": (*_FILES, _checkpoint_found, _run_directory, _wandb_installed),
+    "data": _FILES,
+    "tokenizer": _FILES,
+    "generate": (),
+}

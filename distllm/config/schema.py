@@ -1,0 +1,239 @@
+"""Every setting of a job, typed: one dataclass per group of `conf/`, units in the docstrings.
+
+A frozen `Config` is all that the rest of the package ever sees of the configuration. Ranges of single
+settings stand here, beside their types; rules that join several settings stand in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Run:
+    """`dir`: everything of a run lies under it; the same command with the same `dir` resumes."""
+
+    dir: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Model:
+    """Shape of the transformer; the vocabulary comes from the tokenizer.
+
+    name: what summaries call it.
+    head_dim: width of one head; None means hidden_size / num_attention_heads.
+    seq_length: tokens per training sequence.
+    init_std: standard deviation of the normal initialisation; projections back into the residual stream
+        use init_std / sqrt(2 * num_layers), as GPT-2 does.
+    """
+
+    name: str
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    seq_length: PositiveInt
+    head_dim: PositiveInt | None
+    normalization: Literal["rmsnorm", "layernorm"]
+    norm_epsilon: PositiveFloat
+    position_embedding: Literal["rope", "learned"]
+    rope_base: PositiveFloat
+    activation: Literal["swiglu", "gelu", "gelu_tanh"]
+    bias: bool
+    tie_embeddings: bool
+    init_std: PositiveFloat
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tokenizer:
+    """Text to token ids.
+
+    kind: `bpe` is a byte-level BPE, trained on the training documents unless `path` names a finished one;
+        `bytes` is one token per byte and needs no training; `huggingface` reads the folder `path`.
+    vocab_size: tokens in all, special tokens included; for `bpe` the size to train to, else None.
+    end_of_document: the token that closes every document.
+    """
+
+    kind: Literal["bpe", "bytes", "huggingface"]
+    vocab_size: PositiveInt | None
+    path: str | None
+    special_tokens: list[str]
+    end_of_document: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Documents to train on.
+
+    source: format of the documents; `stdlib` is the Python standard library of the running interpreter.
+    path: glob of files (`**` crosses folders); None for `stdlib`.
+    text_field: key of the text in a JSON line, or column of a Parquet file.
+    validation_fraction: share of the documents held out, chosen by a hash of their text.
+    cache: folder of prepared corpora and trained tokenizers, keyed by content; shared between runs.
+    """
+
+    source: Literal["text", "jsonl", "parquet", "stdlib"]
+    path: str | None
+    text_field: str
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    cache: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Parallel:
+    """Degrees of model parallelism; data parallelism is what is left of the world size.
+
+    tensor: ranks that share each layer. pipeline: ranks that share the stack of layers.
+    """
+
+    tensor: PositiveInt
+    pipeline: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Zero:
+    """What is partitioned over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+    stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters.
+    bucket_size: elements per gradient reduction (and, for stage 3, per prefetch).
+    overlap_comm: reduce gradients while the backward pass goes on.
+    persistence_threshold: stage 3 keeps parameters of fewer elements than this unpartitioned.
+    """
+
+    stage: Literal[0, 1, 2, 3]
+    bucket_size: PositiveInt
+    overlap_comm: bool
+    persistence_threshold: NonNegativeInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); norms and biases are never decayed.
+
+    lr: peak learning rate. clip_grad: largest global gradient norm; 0 means no clipping.
+    """
+
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
+    epsilon: PositiveFloat
+    clip_grad: NonNegativeFloat
+
+
+@dataclass(frozen=True, config=STRICT)
+class Schedule:
+    """Learning rate as a function of the step.
+
+    warmup_steps: linear rise from 0 to `optimizer.lr`.
+    decay_steps: `cosine`: steps after warm-up until min_lr (None: the rest of the run); `wsd`: length of the
+        final linear decay (None: a tenth of the run); `constant`: None.
+    min_lr: learning rate at the end of the decay.
+    """
+
+    kind: Literal["cosine", "wsd", "constant"]
+    warmup_steps: NonNegativeInt
+    decay_steps: PositiveInt | None
+    min_lr: NonNegativeFloat
+
+
+@dataclass(frozen=True, config=STRICT)
+class Train:
+    """steps: optimizer updates in all. global_batch_size: sequences per update.
+
+    micro_batch_size: sequences per rank in one forward pass.
+    precision: `bf16` computes in bfloat16 and keeps fp32 master weights, moments and accumulated gradients.
+    validation_interval: steps between validations; 0 means never.
+    validation_sequences: sequences in one validation, or all there are if they are fewer.
+    """
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    precision: Literal["fp32", "bf16"]
+    validation_interval: NonNegativeInt
+    validation_sequences: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpoint:
+    """interval: steps between saves, 0 means never (not even at the end). keep: how many of the newest stay.
+
+    resume: `auto` takes the newest checkpoint of `run.dir`, `never` refuses a `run.dir` that holds one, a
+        path starts from that checkpoint folder.
+    """
+
+    interval: NonNegativeInt
+    keep: PositiveInt
+    resume: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fault:
+    """hang_seconds: a collective that takes longer ends the job."""
+
+    hang_seconds: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Logging:
+    """progress: `bar` for terminals, `lines` for files, `auto` decides by what standard error is.
+
+    interval: steps between two plain lines. sample_prompt: what the text sample at the end continues.
+    """
+
+    progress: Literal["auto", "bar", "lines", "none"]
+    interval: PositiveInt
+    tensorboard: bool
+    wandb: bool
+    wandb_project: str
+    sample_prompt: str
+    sample_tokens: NonNegativeInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Generate:
+    """`distllm generate`: continue `prompt` from the newest checkpoint of `run.dir`.
+
+    temperature: 0 takes the likeliest token. top_k: sample among the k likeliest; 0 means among all.
+    """
+
+    prompt: str
+    max_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    top_k: NonNegativeInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """A whole job. Built only by `compose.py`, equal on every rank."""
+
+    run: Run
+    model: Model
+    tokenizer: Tokenizer
+    data: Data
+    parallel: Parallel
+    zero: Zero
+    optimizer: Optimizer
+    schedule: Schedule
+    train: Train
+    checkpoint: Checkpoint
+    fault: Fault
+    logging: Logging
+    generate: Generate

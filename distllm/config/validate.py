@@ -1,0 +1,148 @@
+"""Plain values -> `Config`, or every reason why not: the schema's and the rules', in one `UserError`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from distllm.config import rules
+from distllm.config.problems import Problem, UserError
+from distllm.config.schema import Config
+
+ADAPTER = TypeAdapter(Config)
+SECTIONS: dict[str, Any] = get_type_hints(Config)
+SETTINGS: dict[str, Any] = {
+    f"{section}.{name}": annotation
+    for section, section_type in SECTIONS.items()
+    for name, annotation in get_type_hints(section_type).items()
+}
+
+
+def job(
+    values: dict[str, Any],
+    problems: list[Problem],
+    defaults: Callable[[], dict[str, Any]],
+    verb: str,
+    world_size: int,
+) -> Config:
+    """The `Config` of a job that is about to run here.
+
+    problems: those already found while `values` were composed. defaults: values of the job without overrides,
+    which serve as examples of what to write.
+    """
+    config, found = _typed(values, {problem.setting for problem in problems}, defaults)
+    problems = problems + found
+    # What a problem concerns is left out of the rules: they would only say the same again, or worse.
+    known = config if config and not problems else _what_is_known(values, problems)
+    problems += rules.check(known, world_size, verb)
+    problems += rules.check_environment(known, verb)
+    problems += rules.check_versions()
+    if problems:
+        raise UserError(problems)
+    assert config is not None, "a config without a problem was not built"
+    return config
+
+
+def saved(values: Any) -> Config:
+    """The `Config` of a `config.yaml` that an earlier run wrote: only its types are looked at."""
+    config, problems = _typed(values if isinstance(values, dict) else {}, set(), dict)
+    if config is None:
+        raise UserError(problems)
+    return config
+
+
+def unknown_settings(values: dict[str, Any]) -> list[Problem]:
+    """Names that the schema does not have, each with the nearest that it has."""
+    problems = []
+    for section, content in values.items():
+        if section not in SECTIONS:
+            problems.append(_unknown(section, content))
+        elif isinstance(content, dict):
+            settings = {f"{section}.{name}": value for name, value in content.items()}
+            problems += [_unknown(name, value) for name, value in settings.items() if name not in SETTINGS]
+    return problems
+
+
+def _unknown(setting: str, value: object) -> Problem:
+    section, _, name = setting.rpartition(".")
+    prefix = f"{section}." if section else ""
+    names = list(get_type_hints(SECTIONS[section])) if section else list(SECTIONS)
+    near = [known for known in SETTINGS if section and known.endswith(f".{name}")]
+    near = near or [f"{prefix}{known}" for known in difflib.get_close_matches(name, names, n=2)]
+    fix = f"did you mean {' or '.join(near)}?" if near else f"there are: {prefix}{f', {prefix}'.join(names)}"
+    return Problem(setting, value, "is not a setting of distllm", fix)
+
+
+def _typed(
+    values: dict[str, Any], reported: set[str], defaults: Callable[[], dict[str, Any]]
+) -> tuple[Config | None, list[Problem]]:
+    # Strict JSON is the right strictness: 1 is a float and a list a tuple, but 1e3 or true is no integer.
+    try:
+        return ADAPTER.validate_json(json.dumps(values)), []
+    except ValidationError as error:
+        examples = defaults()
+        problems = unknown_settings(values)
+        for detail in error.errors(include_url=False):
+            setting = ".".join(str(part) for part in detail["loc"])
+            if detail["type"] != "unexpected_keyword_argument" and setting not in reported:
+                problems.append(
+                    _translated(setting, detail["type"], detail["msg"], detail["input"], examples)
+                )
+        return None, problems
+
+
+def _translated(setting: str, kind: str, message: str, value: object, examples: dict[str, Any]) -> Problem:
+    section, _, name = setting.partition(".")
+    if kind == "missing":
+        fix = f"add {setting}=VALUE" if name else f"choose one of its configurations: {setting}=NAME"
+        return Problem(setting, "???", f"{setting} is required", fix)
+    if kind == "dataclass_type":
+        return Problem(setting, value, "is a section of settings, not a value", f"set {setting}.NAME=VALUE")
+
+    annotation = SETTINGS.get(setting)
+    rule = re.sub(r"^(Input|Tuple|List) should (be|have)", r"must \2", message).replace(
+        " after validation", ""
+    )
+    if type(None) in get_args(annotation):
+        rule += ", or null"
+    if options := [option for option in _options(annotation) if isinstance(option, str)]:
+        (nearest, *_) = [*difflib.get_close_matches(str(value), options, n=1), options[0]]
+        return Problem(setting, value, rule, f"{setting}={nearest}")
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return Problem(setting, value, rule, f"quote it for the shell and for Hydra: {setting}=\"'{value}'\"")
+    example = examples.get(section, {}).get(name)
+    if example is None and rule.endswith("or null"):
+        return Problem(setting, value, rule, f"{setting}=null")
+    fix = (
+        f"for example {setting}={json.dumps(example)}"
+        if example is not None
+        else "change it to keep the rule"
+    )
+    return Problem(setting, value, rule, fix)
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+
+
+def _what_is_known(values: dict[str, Any], problems: list[Problem]) -> Config:
+    """A stand-in with only the sound settings, so that the rules that read no others still have their say."""
+    problematic = {problem.setting for problem in problems}
+    sections = {}
+    for section in SECTIONS:
+        content = values.get(section)
+        if section in problematic or not isinstance(content, dict):
+            continue
+        bad = {setting.split(".")[1] for setting in problematic if setting.startswith(f"{section}.")}
+        sections[section] = rules.Known(**{str(k): v for k, v in content.items() if k not in bad})
+    return cast(Config, rules.Known(**sections))
+
+
+assert all(dataclasses.is_dataclass(section) for section in SECTIONS.values()), "a section is a dataclass"
