@@ -1,0 +1,84 @@
+"""Process groups from the grid. Made once, by Megatron Core, and handed to whoever needs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from distllm.layout.grid import Coordinates, Grid, Ranks
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups.
+
+    data: same part of the model. tensor: same layers, other part of each. pipeline: other layers.
+    model: all ranks of one copy of the model. megatron: the same groups in Megatron Core's form.
+    """
+
+    grid: Grid
+    coordinates: Coordinates
+    data: ProcessGroup
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    model: ProcessGroup
+    megatron: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinates.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinates.pipeline == self.grid.pipeline - 1
+
+
+def create_groups(grid: Grid, timeout: timedelta) -> Groups:
+    """Make the process groups of `grid`; called once, on all ranks, after the world group exists.
+
+    Megatron Core 0.16.1 reads some groups from its module state even where it takes them as arguments
+    (`parallel_state` in schedules and checkpointing), so it has to make them; that they are the grid's
+    slices is asserted, since a difference in rank order would train a wrong model without any error.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipeline,
+        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+        create_gloo_process_groups=False,
+    )
+    megatron = ProcessGroupCollection.use_mpu_process_groups()
+    groups = Groups(
+        grid=grid,
+        coordinates=grid.coordinates(dist.get_rank()),
+        data=parallel_state.get_data_parallel_group(),
+        tensor=megatron.tp,
+        pipeline=megatron.pp,
+        model=megatron.mp,
+        megatron=megatron,
+    )
+    _assert_slices(groups)
+    return groups
+
+
+def destroy_groups() -> None:
+    """Forget the groups, so that a process may make others."""
+    parallel_state.destroy_model_parallel()
+
+
+def _assert_slices(groups: Groups) -> None:
+    grid, rank = groups.grid, dist.get_rank()
+    slices: list[tuple[str, ProcessGroup, Ranks]] = [
+        ("data", groups.data, grid.data_groups),
+        ("tensor", groups.tensor, grid.tensor_groups),
+        ("pipeline", groups.pipeline, grid.pipeline_groups),
+        ("model", groups.model, grid.model_groups),
+    ]
+    for axis, group, rows in slices:
+        expected = next(row.tolist() for row in rows if rank in row)
+        actual = dist.get_process_group_ranks(group)
+        assert actual == expected, f"{axis} group of rank {rank} is {actual}, the grid says {expected}"

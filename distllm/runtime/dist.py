@@ -1,0 +1,128 @@
+"""Start and stop of the distributed run time: device, backend, world group.
+
+Single process, `torchrun`, `deepspeed` and `srun` take the same way; only where rank and rendezvous come
+from differs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distllm.config.problems import UserError, user_error
+from distllm.runtime import cpu
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What this process is in the world."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    timeout: timedelta
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 speaks to the user and owns the run directory."""
+        return self.rank == 0
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most device memory allocated so far; None without a GPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, also before the world exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def start(timeout: timedelta) -> Runtime:
+    """Choose the device and create the world group: NCCL on GPUs, gloo without."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable
+    device = _choose_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        # A store in memory: a single process needs no port, so any number of them run side by side.
+        store = dist.HashStore()
+        dist.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+    else:
+        dist.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
+    return Runtime(rank, world_size, local_rank, device, timeout)
+
+
+def stop(succeeded: bool) -> None:
+    """Leave the world group.
+
+    After success all ranks meet first: a rank that leaves while a peer still sends aborts the peer. After a
+    failure the peers may be gone, and a barrier would wait for them until the timeout.
+    """
+    if not dist.is_initialized():
+        return
+    if succeeded:
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_main_rank(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give every rank its result; its user errors are raised on all ranks alike.
+
+    A rank that fails alone leaves the others waiting for it.
+    """
+    outcome: list[T | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def assert_equal_on_all_ranks(what: str, value: str) -> None:
+    """Every rank must have the same `value`: a difference here would become a hang or a wrong model later."""
+    values: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    different = [rank for rank, other in enumerate(values) if other != values[0]]
+    if different:
+        raise user_error(
+            what,
+            f"{values[0]} on rank 0, {values[different[0]]} on rank {different[0]}",
+            f"the {what} must be equal on every rank; ranks {different} differ from rank 0",
+            "start every rank with the same command line and the same conf/",
+        )
+
+
+def _choose_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for accelerators, loudly
+        cpu.install()
+        return torch.device("cpu")
+    ranks_on_node = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if ranks_on_node > torch.cuda.device_count():
+        raise user_error(
+            "ranks per node",
+            ranks_on_node,
+            f"one rank per GPU, and this node has {torch.cuda.device_count()}",
+            f"start at most {torch.cuda.device_count()} ranks on this node",
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
