@@ -1,0 +1,99 @@
+"""Folders that are built once, by one process while the others wait, and are seen only when whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distllm.config.problems import user_error
+
+MANIFEST = "manifest.json"
+
+
+def build_once(
+    folder: Path, build: Callable[[Path], dict[str, Any]], report: Callable[[str], None]
+) -> dict[str, Any]:
+    """The manifest of `folder`, which `build` fills and describes if it is not there yet.
+
+    build: gets an empty folder beside `folder`; what it returns becomes manifest.json. Only then does the
+    folder get its name, so a process that is killed leaves nothing that a later one takes for a result.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        _create_cache(folder.parent)
+        with _lock(folder.with_name(f"{folder.name}.lock"), report):
+            if not manifest.exists():
+                _build(folder, build)
+    return json.loads(manifest.read_text())
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+    # Under the lock nobody else works here, so what lies here was left by a killed process. The host is in
+    # the name because some cluster file systems (Lustre with localflock) lock within one machine only.
+    unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        content = build(unfinished)
+        (unfinished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        for file in unfinished.iterdir():
+            _to_disk(file)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Another machine without our lock was faster; its result is the same.
+            if not (folder / MANIFEST).exists():
+                raise
+        _to_disk(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def digest(content: bytes) -> str:
+    """32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def _create_cache(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"must be a folder that can be created ({error.strerror})"
+        raise user_error(
+            "data.cache", cache, rule, "data.cache=FOLDER in a place where you may write"
+        ) from error
+
+
+@contextmanager
+def _lock(file: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Held by one process at a time; the kernel frees it when that process ends, however it ends.
+
+    The file stays: if it were removed, two processes could hold locks on two files of this name.
+    """
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for another process that prepares {file.stem}")
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        except OSError as error:
+            rule = f"must be on a file system with file locks ({error.strerror})"
+            raise user_error("data.cache", file.parent, rule, "data.cache=FOLDER on a local disk") from error
+        yield
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

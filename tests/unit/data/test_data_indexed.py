@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distllm.config.problems import UserError
+from distllm.data.indexed import TokenStream, TokenWriter, check_vocabulary
+
+DOCUMENTS = [[5, 6, 7, 2], [2], list(range(100, 1, -1)), [299, 2]]
+
+
+def write(prefix: Path, vocab_size: int, documents: list[list[int]] = DOCUMENTS) -> TokenWriter:
+    writer = TokenWriter(prefix, vocab_size)
+    for document in documents:
+        writer.add(np.array(document, dtype=np.int32))
+    writer.finish()
+    return writer
+
+
+@pytest.mark.parametrize(("vocab_size", "token_type"), [(300, "u2"), (65_499, "u2"), (70_000, "i4")])
+def test_megatron_reads_what_we_write_and_so_do_we(tmp_path: Path, vocab_size: int, token_type: str) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    documents = [*DOCUMENTS, [vocab_size - 1, 2]]
+    writer = write(tmp_path / "x", vocab_size, documents)
+    theirs, ours = IndexedDataset(str(tmp_path / "x")), TokenStream(tmp_path / "x")
+    assert [theirs[i].tolist() for i in range(len(theirs))] == documents
+    assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
+    edges = ours.document_offsets
+    assert [ours.tokens[edges[i] : edges[i + 1]].tolist() for i in range(ours.num_documents)] == documents
+    assert ours.tokens.dtype == np.dtype(theirs.index.dtype) == np.dtype(token_type)
+    assert (writer.num_documents, writer.num_tokens) == (ours.num_documents, ours.num_tokens) == (5, 108)
+    assert writer.max_token == ours.max_token() == vocab_size - 1
+
+
+def test_documents_of_several_sequences(tmp_path: Path) -> None:
+    """Other tools of Megatron's format put one sequence per sentence."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.int64)
+    builder.add_document(np.arange(7), [3, 4])
+    builder.add_document(np.arange(2), [2])
+    builder.finalize(str(tmp_path / "x.idx"))
+    stream = TokenStream(tmp_path / "x")
+    assert stream.document_offsets.tolist() == [0, 7, 9]
+    assert stream.tokens.tolist() == [*range(7), 0, 1]
+
+
+def test_digest_follows_the_tokens_not_their_width(tmp_path: Path) -> None:
+    narrow, wide = write(tmp_path / "narrow", 300), write(tmp_path / "wide", 70_000)
+    assert narrow.digest.hexdigest() == wide.digest.hexdigest()
+    other = write(tmp_path / "other", 300, [*DOCUMENTS[:-1], [298, 2]])
+    assert other.digest.hexdigest() != narrow.digest.hexdigest()
+
+
+def test_no_documents(tmp_path: Path) -> None:
+    write(tmp_path / "x", 300, [])
+    stream = TokenStream(tmp_path / "x")
+    assert (stream.num_documents, stream.num_tokens, stream.max_token()) == (0, 0, -1)
+
+
+def test_tokens_beyond_the_vocabulary_are_not_written(tmp_path: Path) -> None:
+    writer = TokenWriter(tmp_path / "x", 300)
+    with pytest.raises(AssertionError, match="token 300 of 300"):
+        writer.add(np.array([300]))
+    writer.finish()
+
+
+def test_check_vocabulary(tmp_path: Path) -> None:
+    check_vocabulary(tmp_path / "x", 299, 300)
+    with pytest.raises(UserError, match=r"a vocabulary of 299(.|\n)*largest token id is 299"):
+        check_vocabulary(tmp_path / "x", 299, 299)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 33, 34, 60, -1])
+def test_truncated_index(tmp_path: Path, kept: int) -> None:
+    write(tmp_path / "x", 300)
+    index = tmp_path / "x.idx"
+    index.write_bytes(index.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"x\.idx"):
+        TokenStream(tmp_path / "x")
+
+
+@pytest.mark.parametrize("change", [-1, 2])
+def test_token_file_of_another_length(tmp_path: Path, change: int) -> None:
+    write(tmp_path / "x", 300)
+    tokens = tmp_path / "x.bin"
+    tokens.write_bytes((tokens.read_bytes() + b"\0\0")[: tokens.stat().st_size + change])
+    with pytest.raises(UserError, match=r"x\.bin(.|\n)*must hold 106 tokens of 2 bytes"):
+        TokenStream(tmp_path / "x")
+
+
+def test_foreign_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must exist"):
+        TokenStream(tmp_path / "x")
+    write(tmp_path / "x", 300)
+    index = tmp_path / "x.idx"
+    good = index.read_bytes()
+    index.write_bytes(b"not an index " * 20)
+    with pytest.raises(UserError, match="must start with the header"):
+        TokenStream(tmp_path / "x")
+    for changed in (good[:9] + b"\x02" + good[10:], good[:17] + b"\x06" + good[18:]):
+        index.write_bytes(changed)
+        with pytest.raises(UserError, match="version"):
+            TokenStream(tmp_path / "x")
