@@ -1,0 +1,94 @@
+"""What the trainer asks of an engine, and the choice between the two that exist."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distllm.config.schema import Config
+from distllm.engine.pipeline import Microbatch, loss_sums, train_losses
+from distllm.layout.fragment import Fragment
+from distllm.layout.groups import Groups
+from distllm.layout.place import Place
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the tokens of the global batch, in nats. grad_norm: global, before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Engine(ABC):
+    """Weights, gradients and optimizer of this rank. Every method is called on all ranks alike."""
+
+    def __init__(self, stage: nn.Module, places: dict[nn.Parameter, Place], groups: Groups) -> None:
+        self.stage = stage
+        self.places = places
+        self.groups = groups
+        self.device = next(iter(places)).device
+
+    def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepResult:
+        """One optimizer update from this rank's microbatches of the global batch."""
+        self._begin_step(len(microbatches))
+        losses = train_losses(self.stage, microbatches, self.groups)
+        grad_norm = self._optimizer_step(learning_rate)
+        loss = torch.stack(losses).mean()
+        dist.all_reduce(loss, op=dist.ReduceOp.SUM, group=self.groups.data)
+        return StepResult(loss.item() / self.groups.grid.data, grad_norm)
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """[sum of losses in nats, number of labels] of all ranks' microbatches, by their weights."""
+        self.stage.eval()
+        sums = loss_sums(self.stage, microbatches, self.groups)
+        self.stage.train()
+        dist.all_reduce(sums, group=self.groups.data)
+        return sums
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab]."""
+        self.stage.eval()
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        logits: Tensor = self.stage(tokens, positions, None)
+        self.stage.train()
+        return logits
+
+    @abstractmethod
+    def _begin_step(self, num_microbatches: int) -> None:
+        """Called before the first forward pass of a training step."""
+
+    @abstractmethod
+    def _optimizer_step(self, learning_rate: float) -> float:
+        """Reduce what is not reduced yet, clip, update; returns the global gradient norm before clipping."""
+
+    @abstractmethod
+    def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
+        """Live views of all that a checkpoint holds; `create_states` makes missing optimizer states first."""
+
+    @abstractmethod
+    def scalars(self) -> dict[str, float]:
+        """Optimizer state that is one number for all parameters, such as the number of updates."""
+
+    @abstractmethod
+    def after_load(self, scalars: Mapping[str, float]) -> None:
+        """Take over what a checkpoint wrote into the fragments: scalars and working copies of the weights."""
+
+
+def create_engine(
+    module: nn.Module, places: dict[nn.Parameter, Place], config: Config, groups: Groups
+) -> Engine:
+    """Stage 0 needs nothing of DeepSpeed; stages 1 to 3 are DeepSpeed's."""
+    if config.zero.stage == 0:
+        from distllm.engine.replicated import ReplicatedEngine
+
+        return ReplicatedEngine(module, places, config, groups)
+    from distllm.engine.zero import ZeroEngine
+
+    return ZeroEngine(module, places, config, groups)

@@ -1,0 +1,142 @@
+"""ZeRO stage 0: every data-parallel rank holds all weights, gradients and optimizer states of its part.
+
+Not DeepSpeed's stage 0, which (0.19.8) accumulates bf16 gradients in bf16, takes a phantom optimizer step at
+start-up under bf16, refuses backward passes that do not start at a loss (so: pipeline stages), and clips with
+a norm that counts replicated parameters on one pipeline stage only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distllm.config.schema import Config
+from distllm.engine.engine import Engine
+from distllm.engine.optimizer import create_adamw
+from distllm.layout.fragment import Fragment
+from distllm.layout.groups import Groups
+from distllm.layout.place import Place
+
+
+class ReplicatedEngine(Engine):
+    """fp32 gradients in one flat buffer, reduced once per step; bf16 weights have fp32 masters."""
+
+    def __init__(
+        self, module: nn.Module, places: dict[nn.Parameter, Place], config: Config, groups: Groups
+    ) -> None:
+        super().__init__(module, places, groups)
+        self.clip_grad = config.optimizer.clip_grad
+        self.bucket_size = config.zero.bucket_size
+        self.masters = _create_masters(places)
+        self.optimizer = create_adamw(places, self.masters, config.optimizer)
+        self.flat_gradient = _attach_flat_gradient(self.masters)
+
+    def _begin_step(self, num_microbatches: int) -> None:
+        self.flat_gradient.zero_()
+
+    @torch.no_grad()
+    def _optimizer_step(self, learning_rate: float) -> float:
+        self._reduce_gradients()
+        grad_norm = self._global_grad_norm()
+        if self.clip_grad > 0:
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_ and DeepSpeed: the stages must clip alike.
+            self.flat_gradient.mul_(torch.clamp(self.clip_grad / (grad_norm + 1e-6), max=1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self._refresh_working_weights()
+        return grad_norm.item()
+
+    def _reduce_gradients(self) -> None:
+        """Mean over the data-parallel ranks, in buckets: one huge message would need as huge a workspace."""
+        if self.groups.grid.data == 1:
+            return
+        for bucket in self.flat_gradient.split(self.bucket_size):
+            dist.all_reduce(bucket, group=self.groups.data)
+        self.flat_gradient.div_(self.groups.grid.data)
+
+    def _global_grad_norm(self) -> Tensor:
+        """Every element of the model counts once: replicas are left out, parts are summed."""
+        counted = [_gradient(self.masters[p]) for p, place in self.places.items() if place.primary]
+        squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        dist.all_reduce(squares, group=self.groups.model)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def _refresh_working_weights(self) -> None:
+        working: list[Tensor] = [p for p, master in self.masters.items() if p is not master]
+        if working:
+            torch._foreach_copy_(working, [m for p, m in self.masters.items() if p is not m])
+
+    def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
+        fragments = []
+        written_numel = [0] * self.groups.grid.data  # replicas share the writing: each next one to the idlest
+        for parameter, place in self.places.items():
+            master = self.masters[parameter]
+            state = self.optimizer.state[master]
+            for name, dtype in (create_states or {}).items():
+                state.setdefault(name, torch.zeros_like(master, dtype=dtype))
+            writer_rank = written_numel.index(min(written_numel))
+            written_numel[writer_rank] += master.numel()
+            tensors = {"weight": master.detach()} | {
+                name: value for name, value in state.items() if value.shape == master.shape and name != "step"
+            }
+            fragments.append(
+                Fragment(
+                    place,
+                    0,
+                    master.numel(),
+                    {name: tensor.view(-1) for name, tensor in tensors.items()},
+                    writer=place.primary and writer_rank == self.groups.coordinates.data,
+                )
+            )
+        return fragments
+
+    def scalars(self) -> dict[str, float]:
+        steps = {float(state["step"]) for state in self.optimizer.state.values()}
+        assert len(steps) <= 1, f"the optimizer counts different steps for different parameters: {steps}"
+        return {"step": steps.pop() if steps else 0.0}
+
+    def after_load(self, scalars: Mapping[str, float]) -> None:
+        for master in self.masters.values():
+            # fused AdamW wants its step beside the parameter, as an fp32 tensor
+            step = torch.tensor(scalars["step"], dtype=torch.float32, device=master.device)
+            self.optimizer.state[master]["step"] = step
+        self._refresh_working_weights()
+
+
+def _create_masters(places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, nn.Parameter]:
+    """The fp32 weight of each parameter: itself, or a copy where the parameter is of lower precision."""
+    return {p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for p in places}
+
+
+def _attach_flat_gradient(masters: Mapping[nn.Parameter, nn.Parameter]) -> Tensor:
+    """One fp32 buffer that the gradients of all masters are views of; backward passes add into it."""
+    first = next(iter(masters.values()))
+    flat = torch.zeros(sum(m.numel() for m in masters.values()), dtype=torch.float32, device=first.device)
+    offset = 0
+    for parameter, master in masters.items():
+        master.grad = flat[offset : offset + master.numel()].view_as(master)
+        offset += master.numel()
+        if parameter is not master:
+            parameter.register_post_accumulate_grad_hook(_accumulate_into(_gradient(master)))
+    return flat
+
+
+def _gradient(master: nn.Parameter) -> Tensor:
+    assert master.grad is not None, "gradients are views of the flat buffer for as long as the engine lives"
+    return master.grad
+
+
+def _accumulate_into(main_gradient: Tensor) -> Callable[[Tensor], None]:
+    """bf16 gradients are summed in fp32: a sum of many bf16 microbatches loses the small ones."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None, "the hook runs after a gradient was accumulated"
+        main_gradient.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook

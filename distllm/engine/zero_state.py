@@ -1,0 +1,143 @@
+"""Where DeepSpeed 0.19.8 keeps fp32 weights and optimizer states under ZeRO, seen parameter by parameter.
+
+DeepSpeed flattens the parameters of a group into one buffer and gives each data-parallel rank a range of it.
+The rank's range is one fp32 tensor, here called the *owner*: it is what the inner optimizer updates, and the
+optimizer's states for it have its shape. So what a rank holds of a parameter is a range of an owner. Three
+classes of DeepSpeed keep the books in three ways; each has its function below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distllm.layout.fragment import Fragment
+from distllm.layout.place import Place
+
+
+class OwnedRange(NamedTuple):
+    """Flat elements [start, stop) of a parameter lie at owner[owner_start : owner_start + stop - start]."""
+
+    start: int
+    stop: int
+    owner: Tensor
+    owner_start: int
+
+
+def zero_fragments(
+    zero_optimizer: Any, places: Mapping[nn.Parameter, Place], create_states: Mapping[str, torch.dtype]
+) -> list[Fragment]:
+    """Live views of this rank's share of every parameter; parameters it has no share of are left out."""
+    ranges = _owned_ranges(zero_optimizer, places)
+    states = zero_optimizer.optimizer.state
+    fragments = []
+    for parameter, owned in ranges.items():
+        state = states[owned.owner]
+        for name, dtype in create_states.items():
+            state.setdefault(name, torch.zeros_like(owned.owner, dtype=dtype).detach())
+        whole = {"weight": owned.owner} | {
+            name: value
+            for name, value in state.items()
+            if value.shape == owned.owner.shape and name != "step"
+        }
+        views = {
+            name: tensor.detach().narrow(0, owned.owner_start, owned.stop - owned.start)
+            for name, tensor in whole.items()
+        }
+        place = places[parameter]
+        fragments.append(Fragment(place, owned.start, owned.stop, views, writer=place.primary))
+    return fragments
+
+
+def state_owners(zero_optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Every owner of this rank with its optimizer state.
+
+    Not through the inner optimizer's param_groups: stage 3 empties them between steps.
+    """
+    if _is_stage_3(zero_optimizer):
+        owners = zero_optimizer.fp32_partitioned_groups_flat
+    elif hasattr(zero_optimizer, "round_robin_bit16_groups"):
+        owners = zero_optimizer.single_partition_of_fp32_groups
+    else:
+        owners = zero_optimizer.fp32_groups_flat_partition
+    for owner in owners:
+        yield owner, zero_optimizer.optimizer.state[owner]
+
+
+def refresh_working_weights(zero_optimizer: Any) -> None:
+    """Make the weights that compute equal to the owners, after these were written from outside."""
+    if _is_stage_3(zero_optimizer):
+        zero_optimizer._partition_all_parameters()
+        persistent = zero_optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+        for group in range(len(zero_optimizer.fp16_groups)):
+            zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        zero_optimizer.checkpoint_event_epilogue()
+        return
+    if hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state"):
+        zero_optimizer._lazy_init_hp_params_optimizer_state()
+    zero_optimizer.update_lp_params()
+
+
+def _owned_ranges(
+    zero_optimizer: Any, places: Mapping[nn.Parameter, Place]
+) -> dict[nn.Parameter, OwnedRange]:
+    if _is_stage_3(zero_optimizer):
+        ranges = {p: _range_stage_3(zero_optimizer, p) for p in places}
+    elif hasattr(zero_optimizer, "round_robin_bit16_groups"):
+        ranges = _ranges_stage_1_and_2(zero_optimizer)
+    else:
+        ranges = {p: _range_bf16_optimizer(zero_optimizer, p) for p in places}
+    # In the order of `places`: the order of fragments is part of no contract but makes files reproducible.
+    return {p: owned for p in places if (owned := ranges[p]) is not None}
+
+
+def _is_stage_3(zero_optimizer: Any) -> bool:
+    return hasattr(zero_optimizer, "fp32_partitioned_groups_flat")
+
+
+def _range_stage_3(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
+    """DeepSpeedZeroOptimizer_Stage3: a parameter is cut into equal parts, one per rank, the last padded."""
+    group, owner_start, part_numel = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+    start = zero_optimizer._get_param_partition_rank(parameter) * part_numel
+    stop = min(start + part_numel, parameter.ds_numel)
+    if start >= stop:
+        return None
+    return OwnedRange(start, stop, zero_optimizer.fp32_partitioned_groups_flat[group], owner_start)
+
+
+def _ranges_stage_1_and_2(zero_optimizer: Any) -> dict[nn.Parameter, OwnedRange | None]:
+    """DeepSpeedZeroOptimizer: the flat group is cut into equal ranges, across parameters.
+
+    Own arithmetic on the offsets, since `_hp_mapping` is wrong under round_robin_gradients.
+    """
+    ranges: dict[nn.Parameter, OwnedRange | None] = {}
+    for group, (parameters, offsets) in enumerate(
+        zip(zero_optimizer.round_robin_bit16_groups, zero_optimizer.round_robin_bit16_offsets, strict=True)
+    ):
+        owner = zero_optimizer.single_partition_of_fp32_groups[group]
+        owner_begin = dist.get_rank(zero_optimizer.real_dp_process_group[group]) * owner.numel()
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            start = max(offset, owner_begin)
+            stop = min(offset + parameter.numel(), owner_begin + owner.numel())
+            ranges[parameter] = (
+                OwnedRange(start - offset, stop - offset, owner, start - owner_begin)
+                if start < stop
+                else None
+            )
+    return ranges
+
+
+def _range_bf16_optimizer(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
+    """BF16_Optimizer, which DeepSpeed takes for stage 1 with bf16 weights and fp32 gradients."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    address = mapping.lp_fragment_address
+    owner = zero_optimizer.fp32_groups_flat_partition[mapping.param_group_index]
+    return OwnedRange(address.start, address.start + address.numel, owner, mapping.hp_fragment_address.start)
