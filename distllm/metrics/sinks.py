@@ -1,0 +1,117 @@
+"""Where rows go: `metrics.jsonl` always, TensorBoard and W&B when asked for. Rank 0 only."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distllm.config.problems import user_error
+from distllm.metrics.event_file import EventFile
+from distllm.metrics.jsonl import append_line, dump_line, load_line, write_atomically
+from distllm.metrics.run_directory import RunDirectory
+
+
+class MetricsWriter:
+    """Writes every row to all sinks; after a resume each step stands in them once.
+
+    resume_step: updates that the loaded checkpoint holds; 0 when training starts from scratch, which drops
+        every earlier row. Call before the first new row.
+    config: the resolved configuration, for W&B.
+    Raises a user error when W&B is wanted but not installed, or `metrics.jsonl` is damaged.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        tensorboard: bool,
+        wandb: bool,
+        wandb_project: str,
+        config: dict[str, Any],
+        resume_step: int,
+    ) -> None:
+        self._path = run.metrics_path
+        start_wandb = require_wandb() if wandb else None  # refuse before any row is dropped
+        drop_rows_after(run.metrics_path, resume_step)
+        self._event_file = EventFile(run.tensorboard_path, resume_step) if tensorboard else None
+        self._wandb_run = None
+        if start_wandb:
+            self._wandb_run = start_wandb(
+                project=wandb_project,
+                id=_wandb_run_id(run.wandb_id_path, resume_step),
+                resume="allow",
+                name=run.path.resolve().name,
+                dir=str(run.path),
+                config=config,
+            )
+
+    def write(self, row: Mapping[str, float | int]) -> None:
+        """One training or validation row; it must have `step`. Visible to readers when this returns."""
+        append_line(self._path, row)
+        step, scalars = int(row["step"]), {tag(name): row[name] for name in row if name != "step"}
+        if self._event_file:
+            self._event_file.write(scalars, step)
+        if self._wandb_run:
+            # W&B refuses steps that it has seen: after a rewind it keeps the first value of each.
+            self._wandb_run.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Finish the sinks; calling it again does nothing."""
+        if self._event_file:
+            self._event_file.close()
+        if self._wandb_run:
+            self._wandb_run.finish()
+        self._event_file = self._wandb_run = None
+
+
+def tag(name: str) -> str:
+    """Name of a row's value in TensorBoard and W&B: `train/loss`, `validation/bits_per_byte`."""
+    prefix = "validation_"
+    return f"validation/{name.removeprefix(prefix)}" if name.startswith(prefix) else f"train/{name}"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a `metrics.jsonl`, NaN and infinity as written; none when there is no file.
+
+    A last line torn by a kill is left out; any other damage is a user error naming the line.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(load_line(line))
+        except ValueError as error:
+            if number < len(lines):
+                rule = f"line {number} of {path} must be a JSON object ({error})"
+                raise user_error("run.dir", path.parent, rule, f"repair or delete line {number}") from error
+    return rows
+
+
+def drop_rows_after(path: Path, resume_step: int) -> None:
+    """Rewrite `path` atomically without the rows after `resume_step` and without a torn last line."""
+    if path.exists():
+        kept = [row for row in read_rows(path) if resume_step > 0 and row["step"] <= resume_step]
+        write_atomically(path, b"".join(map(dump_line, kept)))
+
+
+def require_wandb() -> Any:
+    """`wandb.init`, or a user error when W&B is not installed; for checks before the job starts, too."""
+    try:
+        # Not `import wandb`: where it is not installed, a folder ./wandb of earlier runs would pass for it.
+        from wandb import init
+    except ImportError as error:
+        rule = "needs the package wandb, which is not installed"
+        fix = "pip install 'distllm[wandb]', or logging.wandb=false"
+        raise user_error("logging.wandb", "true", rule, fix) from error
+    return init
+
+
+def _wandb_run_id(path: Path, resume_step: int) -> str:
+    """The id of the W&B run to go on with; a new one when training starts from scratch."""
+    if resume_step > 0 and path.exists():
+        return path.read_text().strip()
+    run_id = uuid.uuid4().hex[:8]
+    write_atomically(path, f"{run_id}\n".encode())
+    return run_id
