@@ -1,0 +1,100 @@
+"""What the user reads before and after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distllm.config.schema import Config
+from distllm.data.prepare import PreparedData
+from distllm.data.tokenizer import TextTokenizer
+from distllm.layout.grid import Grid
+from distllm.metrics.plots import plot_loss
+from distllm.metrics.sinks import read_rows
+from distllm.metrics.summary import EndFacts, StartFacts, end_summary, start_summary
+from distllm.model.memory import estimate_memory
+from distllm.model.size import count_parameters
+from distllm.trainer.job import Job
+from distllm.trainer.resume import Start
+from distllm.trainer.sample import sample_tokens
+
+
+def describe_start(config: Config, prepared: PreparedData, grid: Grid, start: Start) -> str:
+    """What will run and the arithmetic behind it."""
+    model, train = config.model, config.train
+    return start_summary(
+        StartFacts(
+            run_dir=Path(config.run.dir),
+            model_name=model.name,
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            vocab_size=prepared.vocab_size,
+            seq_length=model.seq_length,
+            num_parameters=count_parameters(model, prepared.vocab_size).total,
+            precision=train.precision,
+            zero_stage=config.zero.stage,
+            grid=str(grid),
+            data_parallel=grid.data,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            steps=train.steps,
+            resume_step=start.step,
+            training_tokens=prepared.train.num_tokens,
+            memory_bytes_per_rank=estimate_memory(config, prepared.vocab_size, grid.data),
+            resumed_from=start.path,
+        )
+    )
+
+
+def finish_outputs(job: Job, seconds: float) -> None:
+    """The last text sample, the loss plot and the closing summary. Collective: ranks may share the model."""
+    text = sample_text(job) if job.config.logging.sample_tokens > 0 else None
+    if not job.reporter.is_main:
+        return
+    run, config = job.reporter.run, job.config
+    if text is not None:
+        with open(run.samples_path, "a", encoding="utf-8") as file:
+            file.write(f"=== step {config.train.steps} ===\n{text}\n")
+    plot_loss(read_rows(run.metrics_path), run.loss_plot_path, f"{config.model.name}, {run.path}")
+    validation = job.reporter.last_validation_row or {}
+    training = job.reporter.last_training_row or {}
+    steps_done = config.train.steps - job.first_step
+    tokens = steps_done * config.train.global_batch_size * config.model.seq_length
+    files = {"loss plot": run.loss_plot_path, "metrics": run.metrics_path, "config": run.config_path}
+    if config.checkpoint.interval:
+        files["checkpoints"] = run.checkpoints_path
+    if text is not None:
+        files["samples"] = run.samples_path
+    facts = EndFacts(
+        step=config.train.steps,
+        steps=config.train.steps,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        loss=training.get("loss"),
+        validation_loss=validation.get("validation_loss"),
+        validation_bits_per_byte=validation.get("validation_bits_per_byte"),
+        gzip_bits_per_byte=job.validation.gzip_bits_per_byte if job.validation else None,
+        files=files,
+        sample=text,
+    )
+    job.reporter.say(end_summary(facts))
+
+
+def sample_text(job: Job) -> str:
+    """`logging.sample_prompt` and what the model makes of it. Collective; equal on all ranks."""
+    tokenizer = TextTokenizer.load(job.prepared.tokenizer_folder, job.config.tokenizer.end_of_document)
+    prompt = tokenizer.encode(job.config.logging.sample_prompt) or [tokenizer.end_of_document]
+    tokens = sample_tokens(
+        job.engine.logits,
+        prompt,
+        max_tokens=job.config.logging.sample_tokens,
+        seq_length=job.config.model.seq_length,
+        end_of_document=tokenizer.end_of_document,
+        temperature=job.config.generate.temperature,
+        top_k=job.config.generate.top_k,
+        seed=job.config.train.seed,
+        device=job.runtime.device,
+    )
+    return job.config.logging.sample_prompt + tokenizer.decode(tokens)

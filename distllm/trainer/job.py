@@ -1,0 +1,65 @@
+"""A job put together: data, model, engine and reporter, and the point at which it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distllm.config.schema import Config
+from distllm.data.loader import Batches
+from distllm.data.prepare import PreparedData
+from distllm.engine.engine import Engine, create_engine
+from distllm.layout.groups import Groups
+from distllm.model.build import build_model
+from distllm.model.size import flops_per_token
+from distllm.runtime.devices import peak_flops
+from distllm.runtime.dist import Runtime
+from distllm.trainer.evaluate import Validation, create_validation
+from distllm.trainer.reporter import Reporter
+from distllm.trainer.resume import Start, restore
+
+
+@dataclass
+class Job:
+    """Everything that training needs, on one rank.
+
+    first_step: updates that are done already. flops_per_token, peak_flops: for MFU, of the whole model and of
+    all devices together; peak_flops is None where it is unknown.
+    """
+
+    config: Config
+    runtime: Runtime
+    groups: Groups
+    prepared: PreparedData
+    batches: Batches
+    validation: Validation | None
+    engine: Engine
+    reporter: Reporter
+    first_step: int
+    flops_per_token: float
+    peak_flops: float | None
+
+
+def build_job(
+    config: Config, runtime: Runtime, groups: Groups, prepared: PreparedData, start: Start, reporter: Reporter
+) -> Job:
+    """Build all parts and load the checkpoint that `start` names. Collective."""
+    batches = Batches(prepared.train, config.model.seq_length, config.train.seed)
+    validation = create_validation(config, prepared)
+    built = build_model(config, prepared.vocab_size, groups, runtime.device)
+    engine = create_engine(built.module, built.places, config, groups)
+    if start.path is not None:
+        restore(engine, start)
+    device_peak = peak_flops(runtime.device, config.train.precision)
+    return Job(
+        config=config,
+        runtime=runtime,
+        groups=groups,
+        prepared=prepared,
+        batches=batches,
+        validation=validation,
+        engine=engine,
+        reporter=reporter,
+        first_step=start.step,
+        flops_per_token=flops_per_token(config.model, prepared.vocab_size),
+        peak_flops=device_peak * runtime.world_size if device_peak else None,
+    )

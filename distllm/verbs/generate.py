@@ -1,0 +1,98 @@
+"""`distllm generate`: continue a prompt from the newest checkpoint of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distllm.checkpoint.manager import choose_checkpoint
+from distllm.checkpoint.store import Manifest, read_manifest, read_tensors
+from distllm.config.problems import user_error
+from distllm.config.schema import Config, Model, Tokenizer
+from distllm.data.tokenizer import TextTokenizer
+from distllm.layout.fragment import Fragment
+from distllm.layout.grid import Grid
+from distllm.layout.groups import create_groups, destroy_groups
+from distllm.layout.place import Place
+from distllm.metrics.run_directory import RunDirectory
+from distllm.model.build import build_model
+from distllm.runtime import dist
+from distllm.trainer.sample import sample_tokens
+
+
+def run(config: Config) -> int:
+    """Load the weights into one process, whatever layout wrote them, and print prompt and continuation."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise user_error(
+            "WORLD_SIZE", os.environ["WORLD_SIZE"], "generate runs in one process", "no launcher"
+        )
+    path = _newest_checkpoint(config)
+    manifest = read_manifest(path)
+    config = _as_trained(config, manifest)
+    tokenizer_folder = Path(manifest.details["tokenizer"]["folder"])
+    tokenizer = TextTokenizer.load(tokenizer_folder, config.tokenizer.end_of_document)
+    runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
+    groups = create_groups(Grid(), runtime.timeout)
+    try:
+        built = build_model(config, manifest.details["tokenizer"]["vocab_size"], groups, runtime.device)
+        read_tensors(path, _weight_fragments(built.places))
+        tokens = sample_tokens(
+            _logits_of(built.module),
+            tokenizer.encode(config.generate.prompt) or [tokenizer.end_of_document],
+            max_tokens=config.generate.max_tokens,
+            seq_length=config.model.seq_length,
+            end_of_document=tokenizer.end_of_document,
+            temperature=config.generate.temperature,
+            top_k=config.generate.top_k,
+            seed=config.train.seed,
+            device=runtime.device,
+        )
+    finally:
+        destroy_groups()
+        dist.stop(succeeded=True)
+    print(config.generate.prompt + tokenizer.decode(tokens))
+    return 0
+
+
+def _newest_checkpoint(config: Config) -> Path:
+    run_directory = RunDirectory(Path(config.run.dir), create=False)
+    choice = choose_checkpoint(run_directory.checkpoints_path, config.checkpoint)
+    if choice.path is None:
+        raise user_error(
+            "run.dir", config.run.dir, "must hold a checkpoint", "name the run.dir of a run that saved one"
+        )
+    return choice.path
+
+
+def _as_trained(config: Config, manifest: Manifest) -> Config:
+    """The given config with the checkpoint's model, in fp32, in one piece."""
+    trained: dict[str, Any] = manifest.details["config"]
+    return dataclasses.replace(
+        config,
+        model=Model(**trained["model"]),
+        tokenizer=Tokenizer(**trained["tokenizer"]),
+        parallel=dataclasses.replace(config.parallel, tensor=1, pipeline=1),
+        train=dataclasses.replace(config.train, precision="fp32"),
+    )
+
+
+def _weight_fragments(places: dict[nn.Parameter, Place]) -> list[Fragment]:
+    return [
+        Fragment(place, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}, writer=False)
+        for parameter, place in places.items()
+    ]
+
+
+def _logits_of(module: nn.Module) -> Any:
+    def logits(tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        result: Tensor = module(tokens, positions, None)
+        return result
+
+    return logits
