@@ -1,0 +1,11 @@
+"""What the process that ranks are forked from imports once (see harness.py)."""
+
+import importlib
+import os
+
+from distllm.runtime import quiet
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+quiet.silence()
+for module in ("distllm.checkpoint.store", "distllm.engine.zero", "distllm.model.build"):
+    importlib.import_module(module)
