@@ -7,5 +7,5 @@ from distllm.runtime import quiet
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet.silence()
-for module in ("distllm.checkpoint.store", "distllm.engine.zero", "distllm.model.build"):
+for module in ("distllm.engine.zero", "distllm.verbs.train", "distllm.verbs.generate"):
     importlib.import_module(module)

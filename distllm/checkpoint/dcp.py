@@ -8,7 +8,7 @@ takes tensors only, it removes duplicates that should be errors, its load ignore
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import (
 
 from distllm.config.problems import user_error
 from distllm.layout.fragment import Fragment
-from distllm.layout.place import Box, Shape
+from distllm.layout.place import Box, Place, Shape
 
 
 @dataclass
@@ -131,11 +131,15 @@ def stored_states(metadata: Metadata) -> dict[str, torch.dtype]:
     return states
 
 
-def refuse_other_model(metadata: Metadata, fragments: Sequence[Fragment], path: str) -> None:
-    """A checkpoint of another model is refused with the differences, before anything is overwritten."""
+def refuse_other_model(metadata: Metadata, places: Iterable[Place], path: str) -> None:
+    """A checkpoint of another model is refused with the differences, before anything is overwritten.
+
+    places: of all parameters, also of those that this rank holds no fragment of: who refuses alone leaves the
+    other ranks waiting.
+    """
     stored: Mapping[str, Any] = metadata.state_dict_metadata
     differences = []
-    for place in {fragment.place.name: fragment.place for fragment in fragments}.values():
+    for place in places:
         entry = stored.get(f"weight/{place.name}")
         if entry is None:
             differences.append(f"{place.name} is not in the checkpoint")

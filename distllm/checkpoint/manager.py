@@ -61,9 +61,15 @@ def choose_checkpoint(folder: Path, settings: Checkpoint) -> Choice:
     return _newest_good(existing)
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints; drop older ones and what an interrupted save left behind."""
-    for path in list_checkpoints(folder)[:-keep]:
+def remove_old(newest: Path, keep: int) -> None:
+    """Keep `keep` checkpoints up to `newest`, which was just written; drop older ones and unfinished saves.
+
+    Of later steps there can only be damaged ones: they do not count, and stay until they are replaced.
+    """
+    folder = newest.parent
+    for path in [path for path in list_checkpoints(folder) if path.name <= newest.name][:-keep]:
+        shutil.rmtree(path)
+    for path in folder.glob("step_*.tmp"):
         shutil.rmtree(path)
 
 

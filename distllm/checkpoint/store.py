@@ -70,6 +70,7 @@ def write_checkpoint(
         manifest = Manifest(FORMAT_VERSION, step, scalars, details, records)
         _write_durably(temporary / MANIFEST, json.dumps(asdict(manifest), indent=1))
         _sync_folder(temporary)
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one that the start has passed over
         os.rename(temporary, path)
         _sync_folder(path.parent)
     dist.barrier()

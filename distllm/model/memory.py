@@ -42,9 +42,12 @@ def activation_elements_per_token(model: Model) -> int:
     """
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     queries = model.num_attention_heads * model.resolved_head_dim
-    keys_and_values = 2 * model.num_query_groups * model.resolved_head_dim
-    norms = 4 * hidden  # input and output of both
-    attention = 2 * queries + keys_and_values  # rotated queries, keys, values; the context
-    # Gate and up projection, activated gate, product; or, without a gate, before and after the activation.
-    feed_forward = 4 * ffn if model.activation == "swiglu" else 2 * ffn
+    keys = model.num_query_groups * model.resolved_head_dim
+    # Input and output of both; kernels that are not fused (RMSNorm's on CPUs) keep one more each.
+    norms = 4 * hidden
+    # The projection, whole, since the values are a view of it; the context; rotated queries and keys.
+    attention = (queries + 2 * keys) + queries + (queries + keys if model.position_embedding == "rope" else 0)
+    # Both projections, activated gate, a copy of the other half (Megatron adds an offset to it), product; or,
+    # without a gate, before and after the activation.
+    feed_forward = 5 * ffn if model.activation == "swiglu" else 2 * ffn
     return model.num_layers * (norms + attention + feed_forward)

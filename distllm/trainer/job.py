@@ -39,6 +39,14 @@ class Job:
     peak_flops: float | None
 
 
+def refuse_short_data(config: Config, prepared: PreparedData) -> None:
+    """A user error unless each split holds a sequence: before the run directory tells of a start."""
+    validates = prepared.validation is not None and config.train.validation_interval > 0
+    for split in (prepared.train, prepared.validation if validates else None):
+        if split is not None:
+            Batches(split, config.model.seq_length, config.train.seed)
+
+
 def build_job(
     config: Config, runtime: Runtime, groups: Groups, prepared: PreparedData, start: Start, reporter: Reporter
 ) -> Job:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +21,10 @@ from distllm.engine.engine import Engine
 from distllm.metrics.format import duration
 from distllm.metrics.run_directory import RunDirectory
 from distllm.trainer.reporter import Reporter
+
+# Which tokens come in which step hangs on the first; the weights hang on all of the model but the second.
+ORDER_SETTINGS = ("train.seed", "train.global_batch_size", "model.seq_length")
+FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def find_start(config: Config, prepared: PreparedData) -> Start:
         is_finished = config.checkpoint.resume == "auto" and done >= config.train.steps
         return Start(None, done if is_finished else 0, finished=is_finished)
     manifest = read_manifest(choice.path)
-    _refuse_other_data(config, prepared, manifest, choice.path)
+    _refuse_other_job(config, prepared, manifest, choice.path)
     return Start(choice.path, manifest.step, choice.damaged, finished=manifest.step >= config.train.steps)
 
 
@@ -50,7 +56,7 @@ def restore(engine: Engine, start: Start) -> None:
     """Load weights and optimizer states. Collective."""
     assert start.path is not None, "a fresh start has nothing to restore"
     metadata = read_metadata(start.path)
-    refuse_other_model(metadata, engine.fragments(), str(start.path))
+    refuse_other_model(metadata, engine.places.values(), str(start.path))
     read_tensors(start.path, engine.fragments(create_states=stored_states(metadata)))
     engine.after_load(read_manifest(start.path).scalars)
 
@@ -67,7 +73,7 @@ def save(config: Config, engine: Engine, prepared: PreparedData, reporter: Repor
         details=_details(config, engine, prepared),
     )
     if reporter.is_main:
-        remove_old(reporter.run.checkpoints_path, config.checkpoint.keep)
+        remove_old(path, config.checkpoint.keep)
     seconds = time.perf_counter() - begin
     reporter.event("checkpoint", "interval", step=step, seconds=round(seconds, 3), path=str(path))
     reporter.progress.note(f"step {step}: checkpoint saved in {duration(seconds)}: {path}")
@@ -84,19 +90,25 @@ def _details(config: Config, engine: Engine, prepared: PreparedData) -> dict[str
     }
 
 
-def _refuse_other_data(config: Config, prepared: PreparedData, manifest: Manifest, path: Path) -> None:
-    """What decides which tokens come in which step must be as it was, else samples are lost or repeated."""
-    before, now = manifest.details["config"], dataclasses.asdict(config)
-    problems = [
-        Problem(
-            f"{section}.{name}",
-            now[section][name],
-            f"the order of the data hangs on it, and {path.name} was made with {before[section][name]}",
-            f"{section}.{name}={before[section][name]}, or another run.dir",
-        )
-        for section, name in (("train", "seed"), ("train", "global_batch_size"), ("model", "seq_length"))
-        if now[section][name] != before[section][name]
-    ]
+def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest, path: Path) -> None:
+    """The order of the data must be as it was, else samples are lost or repeated; and so must the model.
+
+    The model is compared by its settings, since nothing is built yet; `restore` compares every shape.
+    """
+    before, now = _settings(manifest.details["config"]), _settings(dataclasses.asdict(config))
+    problems = []
+    for setting, value in before.items():
+        if setting in ORDER_SETTINGS:
+            reason = "the order of the data hangs on it"
+        elif setting.startswith("model.") and setting not in FREE_MODEL_SETTINGS:
+            reason = "the weights hang on it"
+        else:
+            continue
+        if now.get(setting) != value:
+            rule = f"{reason}, and {path.name} was made with {value}"
+            problems.append(
+                Problem(setting, now.get(setting), rule, f"{setting}={value}, or another run.dir")
+            )
     fingerprint = manifest.details["data"]["fingerprint"]
     if fingerprint != prepared.fingerprint:
         problems.append(
@@ -109,3 +121,12 @@ def _refuse_other_data(config: Config, prepared: PreparedData, manifest: Manifes
         )
     if problems:
         raise UserError(problems)
+
+
+def _settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """{"section.name": value as it is written on the command line}."""
+    return {
+        f"{section}.{name}": value if isinstance(value, str) else json.dumps(value)
+        for section, content in config.items()
+        for name, value in content.items()
+    }

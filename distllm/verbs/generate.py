@@ -23,6 +23,7 @@ from distllm.layout.place import Place
 from distllm.metrics.run_directory import RunDirectory
 from distllm.model.build import build_model
 from distllm.runtime import dist
+from distllm.trainer.reporter import report_progress
 from distllm.trainer.sample import sample_tokens
 
 
@@ -63,6 +64,8 @@ def run(config: Config) -> int:
 def _newest_checkpoint(config: Config) -> Path:
     run_directory = RunDirectory(Path(config.run.dir), create=False)
     choice = choose_checkpoint(run_directory.checkpoints_path, config.checkpoint)
+    for damage in choice.damaged:
+        report_progress(f"WARNING: a damaged checkpoint was passed over: {damage}")
     if choice.path is None:
         raise user_error(
             "run.dir", config.run.dir, "must hold a checkpoint", "name the run.dir of a run that saved one"

@@ -13,7 +13,7 @@ from distllm.layout.groups import create_groups, destroy_groups
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
 from distllm.trainer.describe import describe_start, finish_outputs
-from distllm.trainer.job import build_job
+from distllm.trainer.job import build_job, refuse_short_data
 from distllm.trainer.loop import fit
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
@@ -23,6 +23,7 @@ def run(config: Config) -> int:
     """One process of the job, on every rank alike; returns its exit code."""
     # Before the world exists: a long preparation is no hang. The ranks of a node take turns by a file lock.
     prepared = prepare(config.data, config.tokenizer, report_progress if dist.is_main() else lambda _: None)
+    refuse_short_data(config, prepared)
     runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
     succeeded = False
     try:
