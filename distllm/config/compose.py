@@ -38,16 +38,21 @@ from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+WORLD_SIZE = "world_size="
 GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One command line after its verb, as Hydra's own parser reads it."""
+    """One command line after its verb, as Hydra's own parser reads it.
+
+    world_size: ranks of the job; for `check` those of the job that is asked about.
+    """
 
     verb: str
     overrides: tuple[str, ...]
     flags: Namespace
+    world_size: int
 
     @property
     def is_sweep(self) -> bool:
@@ -84,7 +89,14 @@ def parse(verb: str, arguments: Sequence[str]) -> Request:
         refuse("--experimental-rerun is not supported: a run resumes by its run.dir")
     if flags.resolve and not (flags.cfg or flags.help):
         refuse("--resolve goes with --cfg or --help")
-    return Request(verb, tuple(flags.overrides), flags)
+    overrides, world_size = list(flags.overrides), os.environ.get("WORLD_SIZE", "1")
+    if verb == "check":
+        for text in [text for text in overrides if text.startswith(WORLD_SIZE)]:
+            overrides.remove(text)
+            world_size = text.removeprefix(WORLD_SIZE)
+    if not world_size.isdecimal() or int(world_size) < 1:
+        raise user_error("world_size", world_size, "must be a number of ranks, at least 1", "world_size=8")
+    return Request(verb, tuple(overrides), flags, int(world_size))
 
 
 def load(request: Request) -> Config:
@@ -96,8 +108,7 @@ def load(request: Request) -> Config:
     def defaults() -> dict[str, Any]:
         return _plain(_load(loader, request, []), [])
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return validate.job(values, problems, defaults, request.verb, world_size)
+    return validate.job(values, problems, defaults, request.verb, request.world_size)
 
 
 def show(request: Request, title: str) -> None:
@@ -164,7 +175,8 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(text: str) -> Config:
     """Read back what `to_yaml` wrote."""
-    return validate.saved(OmegaConf.to_container(OmegaConf.create(text)))
+    # Not OmegaConf: it takes some plain strings for numbers (0E0) that PyYAML writes unquoted.
+    return validate.saved(yaml.safe_load(text))
 
 
 def config_hash(config: Config) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distllm.config.schema import Config
 
 EXIT_USER_ERROR = 2
 
@@ -28,14 +32,18 @@ class Problem:
 
 
 class UserError(ValueError):
-    """Raised on every rank alike; `__main__` prints it once, without a traceback, and exits with 2."""
+    """Raised on every rank alike; `__main__` prints it once, without a traceback, and exits with 2.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    config: the refused job, where every setting is sound by itself. advice: printed below the problems.
+    """
+
+    def __init__(self, problems: Sequence[Problem], config: Config | None = None, advice: str = "") -> None:
         assert problems, "a UserError needs at least one problem"
         self.problems = tuple(problems)
+        self.config = config
         heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         body = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
-        super().__init__(f"{heading} with this job:\n{body}")
+        super().__init__(f"{heading} with this job:\n{body}" + (f"\n{advice}" if advice else ""))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
         """Pickled by its problems, so that rank 0 can send it to the other ranks."""

@@ -1,4 +1,4 @@
-"""Every rule that joins several settings; one small function per rule.
+"""Every rule that joins several settings; one small function per rule. Those of layouts: `layout_rules.py`.
 
 `check` is pure, `check_environment` looks at the files of this machine, `check_versions` at its packages.
 """
@@ -10,14 +10,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from distllm.config.layout_rules import LAYOUT_RULES, Rule
 from distllm.config.problems import Problem
 from distllm.config.schema import Config
-
-Rule = Callable[[Config, int], Iterator[Problem]]
 
 OLDEST_TORCH = (2, 11)
 SUPPORTED_TORCH = "torch>=2.11,<2.14"
@@ -66,37 +65,6 @@ def _collect(rules: Sequence[Rule], config: Config, world_size: int) -> list[Pro
         except UnknownSetting:
             continue
     return problems
-
-
-def _model_parallelism(config: Config, _: int) -> Iterator[Problem]:
-    for name, degree in (("tensor", config.parallel.tensor), ("pipeline", config.parallel.pipeline)):
-        if degree != 1:
-            rule = f"must be 1 in this version; {name} parallelism comes with the next release"
-            yield Problem(
-                f"parallel.{name}", degree, rule, f"parallel.{name}=1, and zero.stage=3 to save memory"
-            )
-
-
-def _world_size(config: Config, world_size: int) -> Iterator[Problem]:
-    degree = config.parallel.tensor * config.parallel.pipeline
-    if world_size % degree:
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {degree}"
-        fix = f"start {max(world_size // degree, 1) * degree} processes"
-        yield Problem("world size", world_size, rule, fix)
-
-
-def _global_batch(config: Config, world_size: int) -> Iterator[Problem]:
-    size, micro = config.train.global_batch_size, config.train.micro_batch_size
-    num_data_parallel_ranks = max(world_size // (config.parallel.tensor * config.parallel.pipeline), 1)
-    unit = micro * num_data_parallel_ranks
-    if size % unit:
-        rule = (
-            f"must be a multiple of train.micro_batch_size x data-parallel ranks = "
-            f"{micro} x {num_data_parallel_ranks} = {unit}"
-        )
-        below, above = size // unit * unit, (size // unit + 1) * unit
-        fix = " or ".join(f"train.global_batch_size={valid}" for valid in (below, above) if valid)
-        yield Problem("train.global_batch_size", size, rule, fix)
 
 
 def _attention_heads(config: Config, _: int) -> Iterator[Problem]:
@@ -162,10 +130,12 @@ def _validation(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("train.validation_interval", interval, rule, fix)
 
 
-def _zero_overlap(config: Config, _: int) -> Iterator[Problem]:
-    if config.zero.overlap_comm and config.zero.stage == 0:
-        rule = "must be false for zero.stage=0, which has no communication to overlap"
-        yield Problem("zero.overlap_comm", True, rule, "zero.overlap_comm=false, or zero.stage=1")
+def _gradient_accumulation(config: Config, _: int) -> Iterator[Problem]:
+    kind, precision = config.train.gradient_accumulation, config.train.precision
+    if kind == "bf16" and precision != "bf16":
+        rule = f"must be fp32 for train.precision={precision}, whose gradients it would round"
+        fix = "train.gradient_accumulation=fp32, or train.precision=bf16"
+        yield Problem("train.gradient_accumulation", kind, rule, fix)
 
 
 def _data_path(config: Config, _: int) -> Iterator[Problem]:
@@ -257,20 +227,19 @@ def _wandb_installed(config: Config, _: int) -> Iterator[Problem]:
 
 _DATA_RULES: tuple[Rule, ...] = (_data_path, _tokenizer_path, _vocabulary, _special_tokens)
 _TRAIN_RULES: tuple[Rule, ...] = (
-    _model_parallelism,
-    _world_size,
-    _global_batch,
+    *LAYOUT_RULES,
     _attention_heads,
     _query_groups,
     _rotary_width,
     _schedule_decay,
     _schedule_minimum,
     _validation,
-    _zero_overlap,
+    _gradient_accumulation,
 )
 # Each verb answers for the sections that it uses: `generate` takes the model from its checkpoint.
 RULES: dict[str, tuple[Rule, ...]] = {
     "train": _TRAIN_RULES + _DATA_RULES,
+    "check": _TRAIN_RULES + _DATA_RULES,
     "data": _DATA_RULES,
     "tokenizer": _DATA_RULES,
     "generate": (),
@@ -278,6 +247,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 _FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
 ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "train": (*_FILES, _checkpoint_found, _run_directory, _wandb_installed),
+    "check": (_tokenizer_found,),  # the one file that it reads, for the size of the vocabulary
     "data": _FILES,
     "tokenizer": _FILES,
     "generate": (),

@@ -36,6 +36,8 @@ class Model:
     seq_length: tokens per training sequence.
     init_std: standard deviation of the normal initialisation; projections back into the residual stream
         use init_std / sqrt(2 * num_layers), as GPT-2 does.
+    vocab_multiple: the vocabulary is padded to a multiple of this, under every layout alike, so that tensor
+        parallelism can cut it; what is padded is never predicted.
     """
 
     name: str
@@ -54,10 +56,15 @@ class Model:
     bias: bool
     tie_embeddings: bool
     init_std: PositiveFloat
+    vocab_multiple: PositiveInt
 
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of vocab_multiple."""
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -99,11 +106,36 @@ class Data:
 class Parallel:
     """Degrees of model parallelism; data parallelism is what is left of the world size.
 
-    tensor: ranks that share each layer. pipeline: ranks that share the stack of layers.
+    tensor: ranks that share each layer (Shoeybi et al. 2019, arXiv:1909.08053).
+    sequence: cut norms and residuals along the sequence over the tensor ranks (arXiv:2205.05198).
+    pipeline: ranks that share the stack of layers, as stages (Narayanan et al. 2021, arXiv:2104.04473).
+    virtual_pipeline: chunks of layers per stage, interleaved; 1 means one chunk and the 1F1B schedule.
+    first_stage_layers, last_stage_layers: layers on that stage; None means an even share.
+    embedding_as_layer, loss_as_layer: count the embedding, the output projection as a layer when layers are
+        shared out, so that the first, the last stage gets one less.
     """
 
     tensor: PositiveInt
+    sequence: bool
     pipeline: PositiveInt
+    virtual_pipeline: PositiveInt
+    first_stage_layers: PositiveInt | None
+    last_stage_layers: PositiveInt | None
+    embedding_as_layer: bool
+    loss_as_layer: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recompute:
+    """Activations that the backward pass computes again instead of keeping them (arXiv:2205.05198).
+
+    granularity: `none`; `selective` recomputes the attention core; `full` whole layers, keeping their inputs.
+    num_layers: for `full`, layers per stage (and chunk) that are recomputed, counted from its first; None
+        means all.
+    """
+
+    granularity: Literal["none", "selective", "full"]
+    num_layers: PositiveInt | None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -114,12 +146,14 @@ class Zero:
     bucket_size: elements per gradient reduction (and, for stage 3, per prefetch).
     overlap_comm: reduce gradients while the backward pass goes on.
     persistence_threshold: stage 3 keeps parameters of fewer elements than this unpartitioned.
+    offload_optimizer: keep optimizer states and fp32 weights in host memory (stages 1 to 3).
     """
 
     stage: Literal[0, 1, 2, 3]
     bucket_size: PositiveInt
     overlap_comm: bool
     persistence_threshold: NonNegativeInt
+    offload_optimizer: bool
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -157,7 +191,8 @@ class Train:
     """steps: optimizer updates in all. global_batch_size: sequences per update.
 
     micro_batch_size: sequences per rank in one forward pass.
-    precision: `bf16` computes in bfloat16 and keeps fp32 master weights, moments and accumulated gradients.
+    precision: `bf16` computes in bfloat16 and keeps fp32 master weights and moments.
+    gradient_accumulation: type in which gradients of microbatches are summed and reduced.
     validation_interval: steps between validations; 0 means never.
     validation_sequences: sequences in one validation, or all there are if they are fewer.
     """
@@ -167,6 +202,7 @@ class Train:
     micro_batch_size: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["fp32", "bf16"]
+    gradient_accumulation: Literal["fp32", "bf16"]
     validation_interval: NonNegativeInt
     validation_sequences: PositiveInt
 
@@ -229,6 +265,7 @@ class Config:
     tokenizer: Tokenizer
     data: Data
     parallel: Parallel
+    recompute: Recompute
     zero: Zero
     optimizer: Optimizer
     schedule: Schedule

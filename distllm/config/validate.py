@@ -44,7 +44,7 @@ def job(
     problems += rules.check_environment(known, verb)
     problems += rules.check_versions()
     if problems:
-        raise UserError(problems)
+        raise UserError(problems, config)
     assert config is not None, "a config without a problem was not built"
     return config
 

@@ -86,11 +86,13 @@ def test_all_problems_are_in_one_message() -> None:
     arguments = [written for written, *_ in MISTAKES.values() if not written.startswith(("-", "~", "run"))]
     arguments = [written for written in arguments if written not in ("train.steps=1e3", "train.steps=")]
     with pytest.raises(UserError) as caught:
-        compose.load(compose.parse("train", [*arguments, "parallel.tensor=2", "model.num_attention_heads=7"]))
+        compose.load(
+            compose.parse("train", [*arguments, "parallel.loss_as_layer=true", "model.num_attention_heads=7"])
+        )
     text = str(caught.value)
     assert text.startswith(f"{len(caught.value.problems)} problems with this job:\n  1. ")
     expected = {"train.step", "modl", "model", "experiment", "train.seed", "fault.hang_seconds", "zero.stage"}
-    expected |= {"data.path", "override", "parallel.tensor", "hydra.foo", "optimizer.betas.1"}
+    expected |= {"data.path", "override", "parallel.loss_as_layer", "hydra.foo", "optimizer.betas.1"}
     assert expected <= {problem.setting for problem in caught.value.problems}
 
 

@@ -1,0 +1,52 @@
+"""How layers and microbatches are dealt to pipeline stages, by Megatron Core 0.16.1's rules. Pure.
+
+The functions answer for legal layouts; `layout_rules.py` says which are.
+"""
+
+from __future__ import annotations
+
+from distllm.config.schema import Parallel
+
+
+def even_share(num_layers: int, parallel: Parallel) -> tuple[int, int]:
+    """Layers that are shared out evenly, and the number of stages that share them.
+
+    The embedding and the output projection are among the layers where they count as such.
+    """
+    fixed = [n for n in (parallel.first_stage_layers, parallel.last_stage_layers) if n is not None]
+    counted = num_layers + parallel.embedding_as_layer + parallel.loss_as_layer
+    return counted - sum(fixed), parallel.pipeline - len(fixed)
+
+
+def counted_layers_per_stage(num_layers: int, parallel: Parallel) -> list[int]:
+    """[pipeline]: layers of each stage, with the embedding and the output projection where they count."""
+    shared, stages = even_share(num_layers, parallel)
+    counted = [shared // max(stages, 1)] * parallel.pipeline
+    counted[0] = parallel.first_stage_layers or counted[0]
+    counted[-1] = parallel.last_stage_layers or counted[-1]
+    return counted
+
+
+def layers_per_chunk(num_layers: int, parallel: Parallel) -> list[list[int]]:
+    """[virtual_pipeline][pipeline]: transformer layers of each chunk, in the order in which data meets them.
+
+    Megatron Core: `get_num_layers_to_build` in transformer/transformer_block.py.
+    """
+    counted = counted_layers_per_stage(num_layers, parallel)
+    chunks = [[n // parallel.virtual_pipeline for n in counted] for _ in range(parallel.virtual_pipeline)]
+    chunks[0][0] -= parallel.embedding_as_layer
+    chunks[-1][-1] -= parallel.loss_as_layer
+    return chunks
+
+
+def microbatch_group_size(num_microbatches: int, pipeline: int) -> int:
+    """Microbatches that a chunk takes in a row before the stage turns to its next chunk.
+
+    Megatron Core's `microbatch_group_size_per_vp_stage`, whose default is `pipeline`. Its interleaved
+    schedule (pipeline_parallel/schedules.py) wants at least `pipeline` in every group, the last one too; this
+    is the smallest size that does it, as a larger one keeps more activations. It exists for every number of
+    microbatches from `pipeline` on.
+    """
+    assert num_microbatches >= pipeline, f"{num_microbatches} microbatches cannot fill {pipeline} stages"
+    sizes = range(pipeline, num_microbatches + 1)
+    return next(n for n in sizes if num_microbatches % n == 0 or num_microbatches % n >= pipeline)
