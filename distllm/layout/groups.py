@@ -18,7 +18,8 @@ class Groups:
     """This rank's process groups.
 
     data: same part of the model. tensor: same layers, other part of each. pipeline: other layers.
-    model: all ranks of one copy of the model. megatron: the same groups in Megatron Core's form.
+    model: all ranks of one copy of the model. embedding: first and last stage of a pipeline, None elsewhere.
+    num_chunks: model chunks on this rank. megatron: the same groups in Megatron Core's form.
     """
 
     grid: Grid
@@ -27,18 +28,24 @@ class Groups:
     tensor: ProcessGroup
     pipeline: ProcessGroup
     model: ProcessGroup
+    embedding: ProcessGroup | None
+    num_chunks: int
     megatron: ProcessGroupCollection
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.coordinates.pipeline == 0
 
     @property
     def is_last_stage(self) -> bool:
         return self.coordinates.pipeline == self.grid.pipeline - 1
 
+    def is_first_chunk(self, chunk: int) -> bool:
+        """Whether model chunk `chunk` of this rank starts the model: it holds the embedding."""
+        return self.coordinates.pipeline == 0 and chunk == 0
 
-def create_groups(grid: Grid, timeout: timedelta) -> Groups:
+    def is_last_chunk(self, chunk: int) -> bool:
+        """Whether model chunk `chunk` of this rank ends the model: it holds the output projection."""
+        return self.is_last_stage and chunk == self.num_chunks - 1
+
+
+def create_groups(grid: Grid, timeout: timedelta, num_chunks: int = 1) -> Groups:
     """Make the process groups of `grid`; called once, on all ranks, after the world group exists.
 
     Megatron Core 0.16.1 reads some groups from its module state even where it takes them as arguments
@@ -48,6 +55,7 @@ def create_groups(grid: Grid, timeout: timedelta) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tensor,
         pipeline_model_parallel_size=grid.pipeline,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
         create_gloo_process_groups=False,
     )
@@ -59,6 +67,8 @@ def create_groups(grid: Grid, timeout: timedelta) -> Groups:
         tensor=megatron.tp,
         pipeline=megatron.pp,
         model=megatron.mp,
+        embedding=megatron.embd if parallel_state.is_rank_in_embedding_group() else None,
+        num_chunks=num_chunks,
         megatron=megatron,
     )
     _assert_slices(groups)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from torch import nn
 
 from distllm.layout.groups import Groups
@@ -18,7 +23,26 @@ def parameter_places(model: GPTModel, groups: Groups) -> dict[nn.Parameter, Plac
     output projection on a last stage that is not the first: there it has the embedding's name and the first
     stage is its primary.
     """
+    _mark_cut_parameters(model)
     return {p: _place(model, name, p, groups) for name, p in model.named_parameters()}
+
+
+def _mark_cut_parameters(model: GPTModel) -> None:
+    """Say of each parameter along which dim tensor parallelism cuts it, if it does.
+
+    Megatron Core 0.16.1 says so only while it initialises weights, which it does not do for us. DeepSpeed
+    reads the mark too: its gradient norm counts unmarked parameters once per tensor-parallel group.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            for parameter in module.parameters(recurse=False):  # weight and bias
+                _mark(parameter, dim=0)
+        elif isinstance(module, RowParallelLinear):
+            _mark(module.weight, dim=1)
+
+
+def _mark(parameter: Any, dim: int) -> None:
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
 
 
 def _place(model: GPTModel, name: str, parameter: Any, groups: Groups) -> Place:

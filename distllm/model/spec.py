@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from distllm.config.schema import Model, Parallel
+from distllm.config.schema import Config, Model, Recompute
 from distllm.model.attention import CausalAttention
-from distllm.model.norm import LayerNorm, RMSNorm
+from distllm.model.norm import LayerNorm, RMSNorm, summed_over_sequence
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 MEGATRON_NORM_NAMES = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
@@ -31,10 +31,9 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
 
 
-def transformer_config(
-    model: Model, parallel: Parallel, precision: str, device: torch.device
-) -> TransformerConfig:
+def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
     """Megatron Core's view of the model; every fusion that needs its CUDA extensions is off."""
+    model, parallel, precision = config.model, config.parallel, config.train.precision
     dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -51,7 +50,20 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+        if parallel.virtual_pipeline > 1
+        else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        account_for_embedding_in_pipeline_split=parallel.embedding_as_layer,
+        account_for_loss_in_pipeline_split=parallel.loss_as_layer,
+        # Batched sends name no message: with two stages the previous and the next rank are the same, and
+        # interleaved chunks take each other's activations on gloo, without any error.
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+        **_recompute_arguments(config.recompute),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
@@ -66,7 +78,28 @@ def transformer_config(
     )
 
 
-def block_spec(model: Model, config: TransformerConfig) -> TransformerBlockSubmodules:
+def _recompute_arguments(recompute: Recompute) -> dict[str, object]:
+    if recompute.granularity == "none":
+        return {}
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    method = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute.num_layers is not None:
+        method = {"recompute_method": "block", "recompute_num_layers": recompute.num_layers}
+    return {"recompute_granularity": "full", **method}
+
+
+class RowParallelLinearWithBias(RowParallelLinear):
+    """Under sequence parallelism the bias is added to parts of the sequence, like a norm (see norm.py)."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, bias = super().forward(input_)
+        return output, None if bias is None else summed_over_sequence(bias, self.sequence_parallel)
+
+
+def block_spec(
+    model: Model, config: TransformerConfig, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this rank and the final norm (ours too, hence a block spec and not a layer spec)."""
     norm = NORMS[model.normalization]
     layer = ModuleSpec(
@@ -79,7 +112,7 @@ def block_spec(model: Model, config: TransformerConfig) -> TransformerBlockSubmo
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=CausalAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowParallelLinearWithBias,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -88,9 +121,12 @@ def block_spec(model: Model, config: TransformerConfig) -> TransformerBlockSubmo
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinearWithBias
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

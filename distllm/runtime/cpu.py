@@ -21,6 +21,8 @@ def install() -> None:
     cuda.current_device = lambda: cpu
     # p2p_communication.py synchronizes after batched sends.
     cuda.synchronize = lambda *args, **kwargs: None
+    # language_module.py moves a tied embedding to the device before it copies it from stage to stage.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     # tensor_parallel/random.py keeps one generator per device; here the device is the CPU.
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
