@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distllm.config.schema import Config
-from distllm.engine.pipeline import Microbatch, loss_sums, train_losses
+from distllm.engine.pipeline import Microbatch, all_logits, loss_sums, train_loss
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
@@ -26,10 +26,15 @@ class StepResult:
 
 
 class Engine(ABC):
-    """Weights, gradients and optimizer of this rank. Every method is called on all ranks alike."""
+    """Weights, gradients and optimizer of this rank. Every method is called on all ranks alike.
 
-    def __init__(self, stage: nn.Module, places: dict[nn.Parameter, Place], groups: Groups) -> None:
-        self.stage = stage
+    chunks: what the schedule calls, one module per model chunk of this rank. places: of all parameters.
+    """
+
+    def __init__(
+        self, chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], groups: Groups
+    ) -> None:
+        self.chunks = chunks
         self.places = places
         self.groups = groups
         self.device = next(iter(places)).device
@@ -37,28 +42,29 @@ class Engine(ABC):
     def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepResult:
         """One optimizer update from this rank's microbatches of the global batch."""
         self._begin_step(len(microbatches))
-        losses = train_losses(self.stage, microbatches, self.groups)
+        loss = train_loss(self.chunks, microbatches, self.groups)
         grad_norm = self._optimizer_step(learning_rate)
-        loss = torch.stack(losses).mean()
         dist.all_reduce(loss, op=dist.ReduceOp.SUM, group=self.groups.data)
         return StepResult(loss.item() / self.groups.grid.data, grad_norm)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """[sum of losses in nats, number of labels] of all ranks' microbatches, by their weights."""
-        self.stage.eval()
-        sums = loss_sums(self.stage, microbatches, self.groups)
-        self.stage.train()
+        self._set_training(False)
+        sums = loss_sums(self.chunks, microbatches, self.groups)
+        self._set_training(True)
         dist.all_reduce(sums, group=self.groups.data)
         return sums
 
-    @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab]."""
-        self.stage.eval()
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        logits: Tensor = self.stage(tokens, positions, None)
-        self.stage.train()
+    def logits(self, tokens: Tensor, vocab_size: int) -> Tensor:
+        """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks."""
+        self._set_training(False)
+        logits = all_logits(self.chunks, tokens, self.groups, vocab_size)
+        self._set_training(True)
         return logits
+
+    def _set_training(self, mode: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
 
     @abstractmethod
     def _begin_step(self, num_microbatches: int) -> None:
@@ -82,13 +88,13 @@ class Engine(ABC):
 
 
 def create_engine(
-    module: nn.Module, places: dict[nn.Parameter, Place], config: Config, groups: Groups
+    chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], config: Config, groups: Groups
 ) -> Engine:
     """Stage 0 needs nothing of DeepSpeed; stages 1 to 3 are DeepSpeed's."""
     if config.zero.stage == 0:
         from distllm.engine.replicated import ReplicatedEngine
 
-        return ReplicatedEngine(module, places, config, groups)
+        return ReplicatedEngine(chunks, places, config, groups)
     from distllm.engine.zero import ZeroEngine
 
-    return ZeroEngine(module, places, config, groups)
+    return ZeroEngine(chunks, places, config, groups)

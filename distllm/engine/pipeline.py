@@ -1,6 +1,7 @@
 """Forward and backward passes of one step, by Megatron Core's schedules.
 
-The same call drives every layout: without pipeline stages the schedule is a plain loop over microbatches.
+The same call drives every layout: without pipeline stages the schedule is a plain loop over microbatches,
+with them it is 1F1B, with several chunks per stage interleaved 1F1B.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from distllm.config.stages import microbatch_group_size
 from distllm.layout.groups import Groups
 
 
@@ -41,61 +44,112 @@ class Microbatch:
         return torch.arange(seq, device=self.tokens.device).expand(batch, seq)
 
 
-def train_losses(stage: nn.Module, microbatches: Sequence[Microbatch], groups: Groups) -> list[Tensor]:
+def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups) -> Tensor:
     """Forward and backward over all microbatches; gradients are those of the mean loss over them.
 
-    Megatron divides each microbatch's loss by their number; nobody else may. Returns, on the last stage, the
-    mean loss in nats of each microbatch.
+    Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss in nats
+    over this data-parallel rank's microbatches, on every stage.
     """
 
-    def forward_step(iterator: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(iterator)
-        losses = model(batch.inputs, batch.positions, None, labels=batch.labels)  # [micro_batch, seq]
+    def mean(losses: Tensor, _: Microbatch) -> tuple[Tensor, Tensor]:
+        loss = losses.mean()
+        return loss, loss.detach().clone()  # Megatron divides the first in place
 
-        def mean(losses: Tensor) -> tuple[Tensor, Tensor]:
-            loss = losses.mean()
-            return loss, loss.detach().clone()  # Megatron divides the first in place
-
-        return losses, mean
-
-    return _run(forward_step, stage, microbatches, groups, forward_only=False)
+    losses = _run(_loss_step(mean), chunks, microbatches, groups, forward_only=False)
+    mean_loss = (
+        torch.stack(losses).mean() if losses else microbatches[0].tokens.new_zeros((), dtype=torch.float32)
+    )
+    return from_last_stage(mean_loss, groups)
 
 
 @torch.no_grad()
-def loss_sums(stage: nn.Module, microbatches: Sequence[Microbatch], groups: Groups) -> Tensor:
+def loss_sums(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups) -> Tensor:
     """Forward only: [sum of weight * loss, sum of weights] over this rank's microbatches, in fp64."""
 
-    def forward_step(iterator: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(iterator)
-        losses = model(batch.inputs, batch.positions, None, labels=batch.labels)
+    def sums(losses: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
         weights = batch.weights if batch.weights is not None else torch.ones_like(losses)
+        both = torch.stack([(losses.double() * weights).sum(), weights.double().sum()])
+        return losses.mean(), both
 
-        def sums(losses: Tensor) -> tuple[Tensor, Tensor]:
-            both = torch.stack([(losses.double() * weights).sum(), weights.double().sum()])
-            return losses.mean(), both
+    missing = _least_number_of_microbatches(groups) - len(microbatches)
+    nothing = Microbatch(microbatches[-1].tokens, torch.zeros_like(microbatches[-1].labels))
+    padded = [*microbatches, *(nothing for _ in range(missing))]
+    results = _run(_loss_step(sums), chunks, padded, groups, forward_only=True)
+    total = (
+        torch.stack(results).sum(0) if results else microbatches[0].tokens.new_zeros(2, dtype=torch.float64)
+    )
+    return from_last_stage(total, groups)
 
-        return losses, sums
 
-    results = _run(forward_step, stage, microbatches, groups, forward_only=True)
-    return torch.stack(results).sum(0)
+@torch.no_grad()
+def all_logits(chunks: Sequence[nn.Module], tokens: Tensor, groups: Groups, vocab_size: int) -> Tensor:
+    """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks."""
+    batch, seq = tokens.shape
+    # Sequence parallelism cuts the sequence evenly; what is appended is in the future of every real token.
+    padding = -seq % groups.grid.tensor
+    padded = torch.nn.functional.pad(tokens, (0, padding + 1))  # and one label that nothing reads
+
+    def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        microbatch = next(iterator)
+        output = chunk(microbatch.inputs, microbatch.positions, None)
+        return output, lambda logits: (logits.float().mean(), logits.float())
+
+    microbatches = [Microbatch(padded)] * _least_number_of_microbatches(groups)
+    results = _run(forward_step, chunks, microbatches, groups, forward_only=True)
+    if results:
+        parts = [torch.empty_like(results[0]) for _ in range(groups.grid.tensor)]
+        dist.all_gather(parts, results[0].contiguous(), group=groups.tensor)
+        logits = torch.cat(parts, dim=-1)[:, :seq, :vocab_size].contiguous()
+    else:
+        logits = torch.empty(batch, seq, vocab_size, device=tokens.device)
+    return from_last_stage(logits, groups)
+
+
+def from_last_stage(value: Tensor, groups: Groups) -> Tensor:
+    """Give every stage what the last one has computed, in place."""
+    if groups.grid.pipeline > 1:
+        last = dist.get_process_group_ranks(groups.pipeline)[-1]
+        dist.broadcast(value, src=last, group=groups.pipeline)
+    return value
+
+
+def _loss_step(reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """Megatron's forward step: run a chunk, and say how the last one's losses become a number."""
+
+    def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+        output = chunk(batch.inputs, batch.positions, None, labels=batch.labels)
+        return output, lambda losses: reduce(losses, batch)
+
+    return forward_step
+
+
+def _least_number_of_microbatches(groups: Groups) -> int:
+    """Megatron's interleaved schedule must fill the pipeline at least once, also forward only."""
+    return groups.grid.pipeline if groups.num_chunks > 1 else 1
 
 
 def _run(
     forward_step: Callable[..., Any],
-    stage: nn.Module,
+    chunks: Sequence[nn.Module],
     microbatches: Sequence[Microbatch],
     groups: Groups,
     forward_only: bool,
 ) -> list[Tensor]:
+    """What the last stage's loss function returned for each microbatch; empty on other stages."""
     micro_batch_size, seq_plus_one = microbatches[0].tokens.shape
+    if groups.num_chunks > 1:
+        # Megatron's default, the number of stages, takes only multiples of it as numbers of microbatches.
+        group_size = microbatch_group_size(len(microbatches), groups.grid.pipeline)
+        for chunk in chunks:
+            chunk.config.microbatch_group_size_per_vp_stage = group_size  # type: ignore[union-attr]
     results: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(microbatches),
-        model=[stage],
+        data_iterator=[iter(microbatches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=seq_plus_one - 1,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
-        pg_collection=groups.megatron,
     )
     return results

@@ -7,7 +7,7 @@ a norm that counts replicated parameters on one pipeline stage only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,23 +16,35 @@ from torch import Tensor, nn
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine
 from distllm.engine.optimizer import create_adamw
+from distllm.engine.tied import tied_copy
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class ReplicatedEngine(Engine):
-    """fp32 gradients in one flat buffer, reduced once per step; bf16 weights have fp32 masters."""
+    """Gradients in one flat buffer, reduced once per step; bf16 weights have fp32 masters."""
 
     def __init__(
-        self, module: nn.Module, places: dict[nn.Parameter, Place], config: Config, groups: Groups
+        self,
+        chunks: Sequence[nn.Module],
+        places: dict[nn.Parameter, Place],
+        config: Config,
+        groups: Groups,
     ) -> None:
-        super().__init__(module, places, groups)
+        super().__init__(chunks, places, groups)
         self.clip_grad = config.optimizer.clip_grad
         self.bucket_size = config.zero.bucket_size
         self.masters = _create_masters(places)
         self.optimizer = create_adamw(places, self.masters, config.optimizer)
-        self.flat_gradient = _attach_flat_gradient(self.masters)
+        self.tied = tied_copy(places, groups, config.model.tie_embeddings)
+        dtype = DTYPES[config.train.gradient_accumulation]
+        self.flat_gradient = torch.zeros(sum(p.numel() for p in places), dtype=dtype, device=self.device)
+        self.gradients = _views_by_parameter(self.flat_gradient, places)
+        for parameter, gradient in self.gradients.items():
+            _accumulate_into(parameter, gradient)
 
     def _begin_step(self, num_microbatches: int) -> None:
         self.flat_gradient.zero_()
@@ -46,22 +58,26 @@ class ReplicatedEngine(Engine):
             self.flat_gradient.mul_(torch.clamp(self.clip_grad / (grad_norm + 1e-6), max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        for parameter, master in self.masters.items():
+            master.grad = self.gradients[parameter].to(master.dtype)  # itself where the types are equal
         self.optimizer.step()
         self._refresh_working_weights()
         return grad_norm.item()
 
     def _reduce_gradients(self) -> None:
         """Mean over the data-parallel ranks, in buckets: one huge message would need as huge a workspace."""
-        if self.groups.grid.data == 1:
-            return
-        for bucket in self.flat_gradient.split(self.bucket_size):
-            dist.all_reduce(bucket, group=self.groups.data)
-        self.flat_gradient.div_(self.groups.grid.data)
+        if self.groups.grid.data > 1:
+            for bucket in self.flat_gradient.split(self.bucket_size):
+                dist.all_reduce(bucket, group=self.groups.data)
+            self.flat_gradient.div_(self.groups.grid.data)
+        if self.tied is not None:
+            dist.all_reduce(self.gradients[self.tied], group=self.groups.embedding)
 
     def _global_grad_norm(self) -> Tensor:
         """Every element of the model counts once: replicas are left out, parts are summed."""
-        counted = [_gradient(self.masters[p]) for p, place in self.places.items() if place.primary]
-        squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        counted = [self.gradients[p] for p, place in self.places.items() if place.primary]
+        norms = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)) if counted else torch.zeros(1)
+        squares = norms.to(self.device).square().sum()
         dist.all_reduce(squares, group=self.groups.model)
         return squares.sqrt()
 
@@ -113,30 +129,25 @@ def _create_masters(places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, 
     return {p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for p in places}
 
 
-def _attach_flat_gradient(masters: Mapping[nn.Parameter, nn.Parameter]) -> Tensor:
-    """One fp32 buffer that the gradients of all masters are views of; backward passes add into it."""
-    first = next(iter(masters.values()))
-    flat = torch.zeros(sum(m.numel() for m in masters.values()), dtype=torch.float32, device=first.device)
+def _views_by_parameter(flat: Tensor, places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, Tensor]:
+    views: dict[nn.Parameter, Tensor] = {}
     offset = 0
-    for parameter, master in masters.items():
-        master.grad = flat[offset : offset + master.numel()].view_as(master)
-        offset += master.numel()
-        if parameter is not master:
-            parameter.register_post_accumulate_grad_hook(_accumulate_into(_gradient(master)))
-    return flat
+    for parameter in places:
+        views[parameter] = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+    return views
 
 
-def _gradient(master: nn.Parameter) -> Tensor:
-    assert master.grad is not None, "gradients are views of the flat buffer for as long as the engine lives"
-    return master.grad
-
-
-def _accumulate_into(main_gradient: Tensor) -> Callable[[Tensor], None]:
-    """bf16 gradients are summed in fp32: a sum of many bf16 microbatches loses the small ones."""
+def _accumulate_into(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Make backward passes add to `gradient`; in fp32 for bf16 parameters, where that is its type: a sum of
+    many bf16 microbatches loses the small ones."""
+    if gradient.dtype == parameter.dtype:
+        parameter.grad = gradient  # autograd adds in place
+        return
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None, "the hook runs after a gradient was accumulated"
-        main_gradient.add_(parameter.grad)
+        gradient.add_(parameter.grad)
         parameter.grad = None
 
-    return hook
+    parameter.register_post_accumulate_grad_hook(hook)

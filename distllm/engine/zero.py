@@ -1,27 +1,32 @@
-"""ZeRO stages 1 to 3: the adapter around DeepSpeed 0.19.8, trap by trap.
+"""ZeRO stages 1 to 3 under Megatron's schedules: the adapter around DeepSpeed 0.19.8.
 
-- Loss scaling: DeepSpeed's gradient accumulation stays 1 and its boundary is set by hand, because Megatron
-  already divides the loss by the number of microbatches. With both dividing, gradients are wrong by far and
-  nothing complains.
-- Hooks: DeepSpeed forgets its "backward seen" flag only in `forward`; `_BeforeBackward` makes it forget
-  before every backward pass, since pipeline schedules run several in a row.
+One DeepSpeed engine wraps all chunks of a rank. Every departure from DeepSpeed's own ways is a method here
+whose docstring names the trap; tests switch them off one by one and see a job go wrong.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from distllm.config.schema import Config
+from distllm.engine.deepspeed_quirks import (
+    count_replicas_once,
+    forward_in_flight_counters,
+    quieten,
+    reset_trace_once_per_step,
+    set_tied_gradient,
+)
 from distllm.engine.engine import Engine
 from distllm.engine.optimizer import create_adamw
+from distllm.engine.tied import tied_copy
 from distllm.engine.zero_state import refresh_working_weights, state_owners, zero_fragments
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
@@ -32,31 +37,100 @@ class ZeroEngine(Engine):
     """A DeepSpeed engine driven by Megatron's schedules."""
 
     def __init__(
-        self, module: nn.Module, places: dict[nn.Parameter, Place], config: Config, groups: Groups
+        self,
+        chunks: Sequence[nn.Module],
+        places: dict[nn.Parameter, Place],
+        config: Config,
+        groups: Groups,
     ) -> None:
-        _quieten_deepspeed()
+        quieten()
+        self.stage: int = config.zero.stage
+        self.is_offloaded = config.zero.offload_optimizer
+        self.tied = tied_copy(places, groups, config.model.tie_embeddings)
         optimizer = create_adamw(places, {p: p for p in places}, config.optimizer)
+        stages = [_Stage(self, index, chunk) for index, chunk in enumerate(chunks)]
+        super().__init__(stages, places, groups)
         self.deepspeed, self.zero_optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, mpu=_MegatronGroups(groups), config=deepspeed_config(config)
+            model=_Chunks(chunks),
+            optimizer=optimizer,
+            mpu=_MegatronGroups(groups),
+            config=deepspeed_config(config, _largest_stage_numel(places, groups)),
         )
-        self.remaining_backwards = 0
-        super().__init__(_Stage(self, module), places, groups)
+        count_replicas_once(self.zero_optimizer, places, groups.coordinates.tensor, self.stage)
+        self.reset_trace = reset_trace_once_per_step(self.zero_optimizer) if self.stage == 3 else None
+        self.num_microbatches = 0
+        self.num_backwards = [0] * len(chunks)
 
     def _begin_step(self, num_microbatches: int) -> None:
-        self.remaining_backwards = num_microbatches
+        self.num_microbatches = num_microbatches
+        self.num_backwards = [0] * len(self.chunks)
+        if self.is_offloaded and self.stage == 2:
+            # What is handed to the states is the sum kept in host memory if this is above 1, else the last
+            # microbatch's gradient.
+            self.zero_optimizer.gradient_accumulation_steps = num_microbatches
+        self._reset_trace()
 
-    def before_backward(self) -> None:
-        """Runs before each backward pass, ahead of DeepSpeed's own hooks."""
-        self.remaining_backwards -= 1
+    def _set_training(self, mode: bool) -> None:
+        self._reset_trace()
+        self.deepspeed.train(mode)
+
+    def _reset_trace(self) -> None:
+        if self.reset_trace:
+            self.reset_trace()
+
+    def forward_chunk(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.deepspeed(index, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return output
+        counters = forward_in_flight_counters(self.deepspeed.module) if self.stage == 3 else []
+        return _BeforeBackward.apply(output, partial(self._before_backward, index, counters))
+
+    def _before_backward(self, index: int, counters: list[tuple[Any, int]]) -> None:
+        """Runs ahead of DeepSpeed's own backward hooks, which count on one forward per backward pass.
+
+        DeepSpeed forgets its "backward seen" flag in `forward` only, and the cool-down of a pipeline runs
+        backward passes in a row (`KeyError: 0` at stage 1, a `NoneType` at stage 2). In stage 3 the forward
+        passes in flight share a counter of gradients to come, without which what a backward pass of the
+        cool-down gathers stays until its end.
+        """
         self.zero_optimizer.clear_backward_seen_flag()
-        self.deepspeed.set_gradient_accumulation_boundary(self.remaining_backwards == 0)
+        for module, count in counters:
+            module.ds_grads_remaining = count
+        self._set_micro_step(self.num_backwards[index])
+        self.num_backwards[index] += 1
+        self.deepspeed.set_gradient_accumulation_boundary(self._is_boundary(index))
+
+    def _set_micro_step(self, backwards_done: int) -> None:
+        """Gradients are copied in the first backward pass of a step and added in later ones, which stage 3,
+        and stage 2 where they go to host memory, tell by a count of passes: it must be each chunk's own."""
+        if self.stage == 3:
+            self.zero_optimizer.micro_step_id = min(backwards_done, 1)
+        elif self.is_offloaded and self.stage == 2:
+            self.zero_optimizer.micro_step_id = backwards_done - 1  # DeepSpeed adds 1 before it looks
+
+    def _is_boundary(self, index: int) -> bool:
+        """The last backward pass of the step, in which stage 1 reduces; or, where gradients go to host memory
+        as they come, the last of each chunk, since they are handed to the states only then."""
+        if self.is_offloaded and self.stage >= 2:
+            return self.num_backwards[index] == self.num_microbatches
+        return all(number == self.num_microbatches for number in self.num_backwards)
 
     def _optimizer_step(self, learning_rate: float) -> float:
-        assert self.remaining_backwards == 0, f"{self.remaining_backwards} backward passes did not happen"
+        assert set(self.num_backwards) == {self.num_microbatches}, "some backward passes did not happen"
+        self._add_up_tied_gradients()
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
+        self.deepspeed.set_gradient_accumulation_boundary(True)
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
+
+    def _add_up_tied_gradients(self) -> None:
+        """Both copies of a tied embedding get the sum of their gradients, wherever ZeRO keeps these."""
+        if self.tied is None:
+            return
+        gradient = safe_get_full_grad(self.tied)
+        dist.all_reduce(gradient, group=self.groups.embedding)
+        set_tied_gradient(self.zero_optimizer, self.tied, gradient, self.places[self.tied].primary)
 
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
         return zero_fragments(self.zero_optimizer, self.places, create_states or {})
@@ -72,64 +146,76 @@ class ZeroEngine(Engine):
         refresh_working_weights(self.zero_optimizer)
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; nobody writes it by hand."""
+def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; nobody writes it by hand.
+
+    Its gradient accumulation stays 1, because Megatron already divides the loss by the number of
+    microbatches: with both dividing, gradients are wrong by far and nothing complains. Stage 3 cuts the
+    parameters into sub-groups and meets all ranks in each: stages with unequal numbers of them wait for each
+    other for ever, so every stage is one sub-group.
+    """
     zero = config.zero
+    section: dict[str, Any] = {
+        "stage": zero.stage,
+        "reduce_bucket_size": zero.bucket_size,
+        "allgather_bucket_size": zero.bucket_size,
+        "overlap_comm": zero.overlap_comm,
+        "stage3_prefetch_bucket_size": zero.bucket_size,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+        "sub_group_size": largest_stage_numel,
+    }
+    if zero.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip_grad,
         "steps_per_print": None,
-        "zero_optimization": {
-            "stage": zero.stage,
-            "reduce_bucket_size": zero.bucket_size,
-            "allgather_bucket_size": zero.bucket_size,
-            "overlap_comm": zero.overlap_comm,
-            "stage3_prefetch_bucket_size": zero.bucket_size,
-            "stage3_param_persistence_threshold": zero.persistence_threshold,
-        },
+        "zero_optimization": section,
+        "zero_force_ds_cpu_optimizer": False,  # our AdamW runs where the states are
     }
     if config.train.precision == "bf16":
         result["bf16"] = {"enabled": True}
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
+        result["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation}
     return result
 
 
-def _quieten_deepspeed() -> None:
-    """Switch off two things of DeepSpeed 0.19.8 that no setting reaches."""
-    from deepspeed.runtime import bf16_optimizer
+def _largest_stage_numel(places: Mapping[nn.Parameter, Place], groups: Groups) -> int:
+    numel = torch.tensor([sum(p.numel() for p in places)], device=next(iter(places)).device)
+    dist.all_reduce(numel, op=dist.ReduceOp.MAX, group=groups.model)
+    return int(numel.item())
 
-    # By its full name: the attribute `torch` of deepspeed.comm is PyTorch.
-    deepspeed_comm = importlib.import_module("deepspeed.comm.torch")
-    # On CPUs it compiles a shared-memory all-reduce at start-up, for inference only, and prints that it did.
-    deepspeed_comm.build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # BF16_Optimizer prints the memory usage at every stage of its construction (force=True).
-    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+
+class _Chunks(nn.Module):
+    """All chunks of a rank as one module, for one DeepSpeed engine."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+
+    def forward(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.chunks[index](*args, **kwargs)
+        return output
 
 
 class _Stage(nn.Module):
-    """What Megatron's schedule sees: the attributes of the module, the forward pass of the engine."""
+    """What Megatron's schedule sees of a chunk: the attributes of the module, the engine's forward pass."""
 
-    def __init__(self, engine: ZeroEngine, module: nn.Module) -> None:
+    def __init__(self, engine: ZeroEngine, index: int, chunk: nn.Module) -> None:
         super().__init__()
-        # In a tuple, so that they are not submodules: their parameters belong to DeepSpeed's engine.
-        self.behind: tuple[ZeroEngine, Any] = (engine, module)
-        self.config = self.behind[1].config
-        self.model_type = self.behind[1].model_type
+        # In a tuple, so that the chunk is no submodule: its parameters belong to DeepSpeed's engine.
+        self.behind: tuple[ZeroEngine, int, Any] = (engine, index, chunk)
+        self.config = self.behind[2].config
+        self.model_type = self.behind[2].model_type
+        self.vp_stage = self.behind[2].vp_stage
+        self.share_embeddings_and_output_weights = self.behind[2].share_embeddings_and_output_weights
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        self.behind[1].set_input_tensor(input_tensor)
-
-    def train(self, mode: bool = True) -> _Stage:
-        self.behind[0].deepspeed.train(mode)
-        return self
+        self.behind[2].set_input_tensor(input_tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        engine, _ = self.behind
-        output: Tensor = engine.deepspeed(*args, **kwargs)
-        if torch.is_grad_enabled():
-            output = _BeforeBackward.apply(output, engine.before_backward)
-        return output
+        engine, index, _ = self.behind
+        return engine.forward_chunk(index, *args, **kwargs)
 
 
 class _BeforeBackward(torch.autograd.Function):

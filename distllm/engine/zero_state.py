@@ -32,10 +32,12 @@ def zero_fragments(
     zero_optimizer: Any, places: Mapping[nn.Parameter, Place], create_states: Mapping[str, torch.dtype]
 ) -> list[Fragment]:
     """Live views of this rank's share of every parameter; parameters it has no share of are left out."""
-    ranges = _owned_ranges(zero_optimizer, places)
     states = zero_optimizer.optimizer.state
     fragments = []
-    for parameter, owned in ranges.items():
+    for parameter, place in places.items():
+        owned = owned_range(zero_optimizer, parameter)
+        if owned is None:
+            continue
         state = states[owned.owner]
         for name, dtype in create_states.items():
             state.setdefault(name, torch.zeros_like(owned.owner, dtype=dtype).detach())
@@ -48,7 +50,6 @@ def zero_fragments(
             name: tensor.detach().narrow(0, owned.owner_start, owned.stop - owned.start)
             for name, tensor in whole.items()
         }
-        place = places[parameter]
         fragments.append(Fragment(place, owned.start, owned.stop, views, writer=place.primary))
     return fragments
 
@@ -84,17 +85,13 @@ def refresh_working_weights(zero_optimizer: Any) -> None:
     zero_optimizer.update_lp_params()
 
 
-def _owned_ranges(
-    zero_optimizer: Any, places: Mapping[nn.Parameter, Place]
-) -> dict[nn.Parameter, OwnedRange]:
+def owned_range(zero_optimizer: Any, parameter: nn.Parameter) -> OwnedRange | None:
+    """Which part of `parameter` this rank holds, and where; None if it holds nothing of it."""
     if _is_stage_3(zero_optimizer):
-        ranges = {p: _range_stage_3(zero_optimizer, p) for p in places}
-    elif hasattr(zero_optimizer, "round_robin_bit16_groups"):
-        ranges = _ranges_stage_1_and_2(zero_optimizer)
-    else:
-        ranges = {p: _range_bf16_optimizer(zero_optimizer, p) for p in places}
-    # In the order of `places`: the order of fragments is part of no contract but makes files reproducible.
-    return {p: owned for p in places if (owned := ranges[p]) is not None}
+        return _range_stage_3(zero_optimizer, parameter)
+    if hasattr(zero_optimizer, "round_robin_bit16_groups"):
+        return _range_stage_1_and_2(zero_optimizer, parameter)
+    return _range_bf16_optimizer(zero_optimizer, parameter)
 
 
 def _is_stage_3(zero_optimizer: Any) -> bool:
@@ -111,26 +108,32 @@ def _range_stage_3(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
     return OwnedRange(start, stop, zero_optimizer.fp32_partitioned_groups_flat[group], owner_start)
 
 
-def _ranges_stage_1_and_2(zero_optimizer: Any) -> dict[nn.Parameter, OwnedRange | None]:
+def _range_stage_1_and_2(zero_optimizer: Any, parameter: nn.Parameter) -> OwnedRange | None:
     """DeepSpeedZeroOptimizer: the flat group is cut into equal ranges, across parameters.
 
     Own arithmetic on the offsets, since `_hp_mapping` is wrong under round_robin_gradients.
     """
-    ranges: dict[nn.Parameter, OwnedRange | None] = {}
-    for group, (parameters, offsets) in enumerate(
-        zip(zero_optimizer.round_robin_bit16_groups, zero_optimizer.round_robin_bit16_offsets, strict=True)
-    ):
-        owner = zero_optimizer.single_partition_of_fp32_groups[group]
-        owner_begin = dist.get_rank(zero_optimizer.real_dp_process_group[group]) * owner.numel()
-        for parameter, offset in zip(parameters, offsets, strict=True):
-            start = max(offset, owner_begin)
-            stop = min(offset + parameter.numel(), owner_begin + owner.numel())
-            ranges[parameter] = (
-                OwnedRange(start - offset, stop - offset, owner, start - owner_begin)
-                if start < stop
-                else None
+    group, offset = _offsets_stage_1_and_2(zero_optimizer)[parameter]
+    owner = zero_optimizer.single_partition_of_fp32_groups[group]
+    owner_begin = dist.get_rank(zero_optimizer.real_dp_process_group[group]) * owner.numel()
+    start = max(offset, owner_begin)
+    stop = min(offset + parameter.numel(), owner_begin + owner.numel())
+    if start >= stop:
+        return None
+    return OwnedRange(start - offset, stop - offset, owner, start - owner_begin)
+
+
+def _offsets_stage_1_and_2(zero_optimizer: Any) -> dict[nn.Parameter, tuple[int, int]]:
+    """Group of each parameter and where it begins in the group's flat buffer."""
+    return {
+        parameter: (group, offset)
+        for group, (parameters, offsets) in enumerate(
+            zip(
+                zero_optimizer.round_robin_bit16_groups, zero_optimizer.round_robin_bit16_offsets, strict=True
             )
-    return ranges
+        )
+        for parameter, offset in zip(parameters, offsets, strict=True)
+    }
 
 
 def _range_bf16_optimizer(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
