@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from distllm import __version__
 from distllm.config.problems import EXIT_USER_ERROR, UserError, user_error
 
-# verb: (the module whose `run(config: Config) -> int` does it, what it does)
+# verb: (the module whose `run(config: Config) -> int` does it, what it does); `check` runs on the request
 VERBS = {
     "train": ("distllm.verbs.train", "pretrain a model; the same command again resumes"),
+    "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
@@ -74,6 +75,8 @@ def _run(arguments: list[str]) -> int:
     if request.only_shows:
         compose.show(request, f"distllm {verb}: {description}")
         return 0
+    if verb == "check":  # it also answers where a job is refused
+        return int(importlib.import_module(module).run(request))
     if request.is_sweep:
         return sweep.run(request)
     config = compose.load(request)

@@ -96,7 +96,7 @@ def prepare_tokenizer(data: schema.Data, tokenizer: schema.Tokenizer, report: Re
     """
     if tokenizer.path is not None:
         folder = Path(tokenizer.path).expanduser().absolute()
-        _check_finished(TextTokenizer.load(folder, tokenizer.end_of_document), tokenizer)
+        check_finished(TextTokenizer.load(folder, tokenizer.end_of_document), tokenizer)
         return folder
     if tokenizer.kind == "huggingface":
         raise user_error("tokenizer.path", None, "must name the tokenizer's folder", "tokenizer.path=FOLDER")
@@ -111,7 +111,7 @@ def prepare_tokenizer(data: schema.Data, tokenizer: schema.Tokenizer, report: Re
             made = _train(data, files, tokenizer, report)
         else:
             made = byte_tokenizer(tokenizer.special_tokens, tokenizer.end_of_document)
-            _check_finished(made, tokenizer)
+            check_finished(made, tokenizer)
         made.save(folder)
         return {"vocab_size": made.vocab_size, "settings": settings, "libraries": _libraries()}
 
@@ -139,7 +139,7 @@ def _train(
     return made
 
 
-def _check_finished(finished: TextTokenizer, tokenizer: schema.Tokenizer) -> None:
+def check_finished(finished: TextTokenizer, tokenizer: schema.Tokenizer) -> None:
     """A tokenizer that is not trained has its size and its special tokens already."""
     if tokenizer.vocab_size not in (None, finished.vocab_size):
         rule = f"must be the size of the finished tokenizer, {finished.vocab_size}"

@@ -1,8 +1,12 @@
-"""Numbers as people read them. Pure."""
+"""Numbers and blocks of text as people read them. Pure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+WIDTH = 100
+INDENT = 12
 
 
 def count(number: int) -> str:
@@ -36,6 +40,26 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{rest_minutes:02d}m"
     return f"{minutes}m{rest_seconds:02d}s" if minutes else f"{rest_seconds}s"
+
+
+def block(heading: str, sections: Mapping[str, str]) -> str:
+    """Named sections, their texts in one column; empty ones are left out."""
+    lines = [heading, "-" * WIDTH]
+    for name, text in sections.items():
+        for i, line in enumerate(text.splitlines()):
+            lines.append(f"{name if i == 0 else '':<{INDENT}}{line}".rstrip())
+    return "\n".join(lines)
+
+
+def table(values: Mapping[str, str], align: str = "<") -> str:
+    """One `name  value` line per item, in two aligned columns."""
+    name_width = max(map(len, values), default=0)
+    value_width = max(map(len, values.values()), default=0) if align == ">" else 0
+    return "\n".join(f"{name:<{name_width}}  {value:{align}{value_width}}" for name, value in values.items())
+
+
+def plural(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def _scaled(number: float, units: list[str], base: int, spec: str) -> str:

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distllm.metrics.format import bytes_, count, duration, rate
+from distllm.metrics.format import INDENT, WIDTH, block, bytes_, count, duration, plural, rate, table
 
-WIDTH = 100
-INDENT = 12
 SAMPLE_LINES = 20
 
 ZERO_STAGES = (
@@ -83,12 +81,14 @@ def start_summary(facts: StartFacts) -> str:
         "precision": facts.precision,
         "ZeRO": _zero(facts),
         "layout": facts.grid,
-        "batch": _batch(facts),
+        "batch": batch_arithmetic(
+            facts.global_batch_size, facts.micro_batch_size, facts.data_parallel, facts.seq_length
+        ),
         "training": _training(facts),
         "memory": "estimate for the fullest rank\n" + _memory(facts.memory_bytes_per_rank),
         "run": f"{facts.run_dir}\n" + _resume(facts),
     }
-    return _block("distllm: training starts", sections)
+    return block("distllm: training starts", sections)
 
 
 def end_summary(facts: EndFacts) -> str:
@@ -98,27 +98,11 @@ def end_summary(facts: EndFacts) -> str:
         "steps": f"{facts.step:,} of {facts.steps:,} {speed}",
         "loss": _losses(facts),
         "text": _compression(facts),
-        "files": _table({name: str(path) for name, path in facts.files.items()}),
+        "files": table({name: str(path) for name, path in facts.files.items()}),
         "sample": _sample(facts.sample) if facts.sample else "",
     }
     outcome = "training is complete" if facts.step >= facts.steps else "training has stopped"
-    return _block(f"distllm: {outcome}", sections)
-
-
-def _block(heading: str, sections: Mapping[str, str]) -> str:
-    """Named sections, their texts in one column; empty ones are left out."""
-    lines = [heading, "-" * WIDTH]
-    for name, text in sections.items():
-        for i, line in enumerate(text.splitlines()):
-            lines.append(f"{name if i == 0 else '':<{INDENT}}{line}".rstrip())
-    return "\n".join(lines)
-
-
-def _table(values: Mapping[str, str], align: str = "<") -> str:
-    """One `name  value` line per item, in two aligned columns."""
-    name_width = max(map(len, values), default=0)
-    value_width = max(map(len, values.values()), default=0) if align == ">" else 0
-    return "\n".join(f"{name:<{name_width}}  {value:{align}{value_width}}" for name, value in values.items())
+    return block(f"distllm: {outcome}", sections)
 
 
 def _model(facts: StartFacts) -> str:
@@ -133,28 +117,29 @@ def _model(facts: StartFacts) -> str:
 
 
 def _zero(facts: StartFacts) -> str:
-    ranks = _plural(facts.data_parallel, "data-parallel rank")
+    ranks = plural(facts.data_parallel, "data-parallel rank")
     return f"stage {facts.zero_stage}: {ZERO_STAGES[facts.zero_stage]} split over {ranks}"
 
 
-def _batch(facts: StartFacts) -> str:
-    sequences = _plural(facts.global_batch_size, "sequence")
-    microbatches = facts.global_batch_size // (facts.micro_batch_size * facts.data_parallel)
+def batch_arithmetic(
+    global_batch_size: int, micro_batch_size: int, data_parallel: int, seq_length: int
+) -> str:
+    """How sequences and tokens of a step come about."""
+    sequences = plural(global_batch_size, "sequence")
     factors = (
-        _plural(microbatches, "microbatch", "es"),
-        _plural(facts.micro_batch_size, "sequence"),
-        _plural(facts.data_parallel, "data-parallel rank"),
+        plural(global_batch_size // (micro_batch_size * data_parallel), "microbatch", "es"),
+        plural(micro_batch_size, "sequence"),
+        plural(data_parallel, "data-parallel rank"),
     )
-    tokens = facts.global_batch_size * facts.seq_length
     return (
         f"{sequences} a step = {' x '.join(factors)}\n"
-        f"{tokens:,} tokens a step = {sequences} x {facts.seq_length:,} tokens"
+        f"{global_batch_size * seq_length:,} tokens a step = {sequences} x {seq_length:,} tokens"
     )
 
 
 def _training(facts: StartFacts) -> str:
     tokens = facts.steps * facts.global_batch_size * facts.seq_length
-    text = f"{_plural(facts.steps, 'step')} = {count(tokens)} tokens"
+    text = f"{plural(facts.steps, 'step')} = {count(tokens)} tokens"
     if facts.training_tokens:
         epochs = tokens / facts.training_tokens
         text += f" = {epochs:.2f} epochs over {count(facts.training_tokens)} training tokens"
@@ -162,7 +147,7 @@ def _training(facts: StartFacts) -> str:
 
 
 def _memory(items: Mapping[str, int]) -> str:
-    return _table({name: bytes_(size) for name, size in {**items, "total": sum(items.values())}.items()}, ">")
+    return table({name: bytes_(size) for name, size in {**items, "total": sum(items.values())}.items()}, ">")
 
 
 def _resume(facts: StartFacts) -> str:
@@ -173,7 +158,7 @@ def _resume(facts: StartFacts) -> str:
 
 def _losses(facts: EndFacts) -> str:
     losses = {"training": facts.loss, "validation": facts.validation_loss}
-    return _table({name: f"{loss:.3f} nats per token" for name, loss in losses.items() if loss is not None})
+    return table({name: f"{loss:.3f} nats per token" for name, loss in losses.items() if loss is not None})
 
 
 def _compression(facts: EndFacts) -> str:
@@ -181,9 +166,9 @@ def _compression(facts: EndFacts) -> str:
         return ""
     sizes = {"this model": f"{facts.validation_bits_per_byte:.3f} bits per byte"}
     if facts.gzip_bits_per_byte is None:
-        return _table(sizes)
+        return table(sizes)
     sizes["gzip -9"] = f"{facts.gzip_bits_per_byte:.3f} bits per byte"
-    return _table(sizes) + "\non the same validation text; lower is better"
+    return table(sizes) + "\non the same validation text; lower is better"
 
 
 def _sample(text: str) -> str:
@@ -197,7 +182,3 @@ def _sample(text: str) -> str:
     if len(lines) > SAMPLE_LINES:
         lines = [*lines[:SAMPLE_LINES], "..."]
     return "\n".join(f"| {line}" for line in lines)
-
-
-def _plural(number: int, noun: str, ending: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else ending}"

@@ -11,8 +11,8 @@ from distllm.layout.grid import Grid
 from distllm.metrics.plots import plot_loss
 from distllm.metrics.sinks import read_rows
 from distllm.metrics.summary import EndFacts, StartFacts, end_summary, start_summary
-from distllm.model.memory import estimate_memory
 from distllm.model.size import count_parameters
+from distllm.plan.memory import estimate_memory
 from distllm.trainer.job import Job
 from distllm.trainer.resume import Start
 from distllm.trainer.sample import sample_tokens
@@ -87,7 +87,7 @@ def sample_text(job: Job) -> str:
     tokenizer = TextTokenizer.load(job.prepared.tokenizer_folder, job.config.tokenizer.end_of_document)
     prompt = tokenizer.encode(job.config.logging.sample_prompt) or [tokenizer.end_of_document]
     tokens = sample_tokens(
-        job.engine.logits,
+        lambda window: job.engine.logits(window, job.prepared.vocab_size),
         prompt,
         max_tokens=job.config.logging.sample_tokens,
         seq_length=job.config.model.seq_length,

@@ -54,7 +54,7 @@ def build_job(
     batches = Batches(prepared.train, config.model.seq_length, config.train.seed)
     validation = create_validation(config, prepared)
     built = build_model(config, prepared.vocab_size, groups, runtime.device)
-    engine = create_engine(built.module, built.places, config, groups)
+    engine = create_engine(built.chunks, built.places, config, groups)
     if start.path is not None:
         restore(engine, start)
     device_peak = peak_flops(runtime.device, config.train.precision)

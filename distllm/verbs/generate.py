@@ -8,14 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distllm.checkpoint.manager import choose_checkpoint
 from distllm.checkpoint.store import Manifest, read_manifest, read_tensors
 from distllm.config.problems import user_error
-from distllm.config.schema import Config, Model, Tokenizer
+from distllm.config.schema import Config, Model, Parallel, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
+from distllm.engine.pipeline import all_logits
 from distllm.layout.fragment import Fragment
 from distllm.layout.grid import Grid
 from distllm.layout.groups import create_groups, destroy_groups
@@ -25,6 +25,17 @@ from distllm.model.build import build_model
 from distllm.runtime import dist
 from distllm.trainer.reporter import report_progress
 from distllm.trainer.sample import sample_tokens
+
+SINGLE = Parallel(
+    tensor=1,
+    sequence=False,
+    pipeline=1,
+    virtual_pipeline=1,
+    first_stage_layers=None,
+    last_stage_layers=None,
+    embedding_as_layer=False,
+    loss_as_layer=False,
+)
 
 
 def run(config: Config) -> int:
@@ -41,10 +52,11 @@ def run(config: Config) -> int:
     runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
     groups = create_groups(Grid(), runtime.timeout)
     try:
-        built = build_model(config, manifest.details["tokenizer"]["vocab_size"], groups, runtime.device)
+        vocab_size = manifest.details["tokenizer"]["vocab_size"]
+        built = build_model(config, vocab_size, groups, runtime.device)
         read_tensors(path, _weight_fragments(built.places))
         tokens = sample_tokens(
-            _logits_of(built.module),
+            lambda window: all_logits(built.chunks, window, groups, vocab_size),
             tokenizer.encode(config.generate.prompt) or [tokenizer.end_of_document],
             max_tokens=config.generate.max_tokens,
             seq_length=config.model.seq_length,
@@ -80,7 +92,7 @@ def _as_trained(config: Config, manifest: Manifest) -> Config:
         config,
         model=Model(**trained["model"]),
         tokenizer=Tokenizer(**trained["tokenizer"]),
-        parallel=dataclasses.replace(config.parallel, tensor=1, pipeline=1),
+        parallel=SINGLE,
         train=dataclasses.replace(config.train, precision="fp32"),
     )
 
@@ -90,12 +102,3 @@ def _weight_fragments(places: dict[nn.Parameter, Place]) -> list[Fragment]:
         Fragment(place, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}, writer=False)
         for parameter, place in places.items()
     ]
-
-
-def _logits_of(module: nn.Module) -> Any:
-    def logits(tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        result: Tensor = module(tokens, positions, None)
-        return result
-
-    return logits

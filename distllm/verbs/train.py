@@ -47,7 +47,7 @@ def _train(config: Config, runtime: Runtime, prepared: PreparedData, start: Star
     _open_run(config, runtime, prepared, start, reporter)
     reporter.say(describe_start(config, prepared, grid, start))
     begin = time.monotonic()
-    groups = create_groups(grid, runtime.timeout)
+    groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
     try:
         job = build_job(config, runtime, groups, prepared, start, reporter)
         fit(job)

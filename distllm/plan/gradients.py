@@ -1,0 +1,90 @@
+"""Gradients of one rank as they are really kept, which is more than the ZeRO paper counts. Pure.
+
+The paper (arXiv:1910.02054, table 1) has one gradient per parameter, partitioned from stage 2 on. DeepSpeed
+0.19.8 adds to that, as measured by tests/bench/memory.py (W: bytes of a working weight, G: of a gradient, N:
+data-parallel ranks; buckets and the gradient that is being computed are not counted):
+
+- Stage 1 with bf16 weights and fp32 gradients (BF16_Optimizer): the bf16 gradients of all parameters stay
+  beside the fp32 ones: W + G instead of G.
+- Stage 2, unless weights are bf16 and gradients fp32: gradients of a microbatch are collected in a buffer of
+  their own before they are added to those of earlier microbatches: 2G / N instead of G / N. Parameters that
+  the partition's ends cut through count whole.
+- The update, when no activations are left. Stages 1 and 2, unless weights are bf16 and gradients fp32, and
+  stage 3: the partition of the larger optimizer group is copied into one flat fp32 tensor beside the gradients
+  themselves: 4 / N more. Stage 1 first copies its partition out of the reduced gradients, before it frees
+  those: G + G / N.
+- Offloaded states have fp32 gradients in host memory beside them; stage 3 keeps its gradients there, too, and
+  stage 2, unless weights are bf16 and gradients fp32, adds microbatches up there. Stages 1 and 2 pass the new
+  weights through a buffer there, and gradients through one of the largest parameter's size.
+"""
+
+from __future__ import annotations
+
+import math
+
+from distllm.config.schema import Config
+from distllm.plan.parameters import Shapes, numel
+from distllm.plan.partition import group_partitions, partition_numel, spanned_numel
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def backward_gradients(config: Config, shapes: Shapes, dp_size: int) -> int:
+    """Bytes on the device of the parameters `shapes` while activations are there, at most."""
+    stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
+    if stage == 0:
+        return size * numel(shapes)
+    if stage == 1:
+        beside = BYTES[config.train.precision] if _is_bf16_optimizer(config) else 0
+        return (size + beside) * numel(shapes)
+    if stage == 3:
+        return 0 if config.zero.offload_optimizer else size * partition_numel(shapes, 3, dp_size)
+    if is_mixed(config):
+        return size * partition_numel(shapes, 2, dp_size)
+    if config.zero.offload_optimizer:
+        return 0
+    return _buffers(config, dp_size) * size * spanned_numel(shapes, dp_size)
+
+
+def update_gradients(config: Config, shapes: Shapes, dp_size: int) -> int:
+    """Bytes on the device while the optimizer updates, at most; from the last reduction on."""
+    stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
+    whole = size * numel(shapes)
+    if stage == 0:
+        return whole + (0 if size == BYTES["fp32"] else BYTES["fp32"] * numel(shapes))
+    if _is_bf16_optimizer(config):
+        return backward_gradients(config, shapes, dp_size)
+    if config.zero.offload_optimizer or (stage == 2 and is_mixed(config)):
+        part = size * partition_numel(shapes, stage, dp_size) if is_mixed(config) and stage < 3 else 0
+        return part + (whole if stage == 1 else 0)
+    flat_copy = BYTES["fp32"] * max(group_partitions(shapes, stage, dp_size))
+    if stage == 3:
+        return size * partition_numel(shapes, 3, dp_size) + flat_copy
+    collected = size * spanned_numel(shapes, dp_size)
+    return collected + max(flat_copy, whole if stage == 1 else 0)
+
+
+def host_bytes(config: Config, shapes: Shapes, dp_size: int) -> int:
+    """Bytes in host memory where states are offloaded, apart from these: gradients and staging buffers."""
+    stage, working = config.zero.stage, BYTES[config.train.precision]
+    part = partition_numel(shapes, stage, dp_size)
+    fp32_gradients = BYTES["fp32"] * part
+    if stage == 3:
+        return fp32_gradients + BYTES[config.train.gradient_accumulation] * part
+    staging = working * (part + max(map(math.prod, shapes.values())))
+    is_added_up_there = stage == 2 and not is_mixed(config) and _buffers(config, dp_size) > 1
+    return fp32_gradients + staging + (working * part if is_added_up_there else 0)
+
+
+def is_mixed(config: Config) -> bool:
+    """Whether gradients are of higher precision than weights."""
+    return config.train.precision != config.train.gradient_accumulation
+
+
+def _is_bf16_optimizer(config: Config) -> bool:
+    return config.zero.stage == 1 and is_mixed(config) and not config.zero.offload_optimizer
+
+
+def _buffers(config: Config, dp_size: int) -> int:
+    """Of gradients: of this microbatch, and of those before it."""
+    return min(2, config.train.global_batch_size // (config.train.micro_batch_size * dp_size))

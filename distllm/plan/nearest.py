@@ -1,0 +1,169 @@
+"""The legal layouts that are nearest to a refused one. Pure.
+
+What may change has a price, and candidates are tried from the cheapest on, so the first legal ones are the
+nearest. The rules that judge them are those of `train`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distllm.config.layout_rules import (
+    LAYOUT_RULES,
+    Rule,
+    sequence_is_cut,
+    tensor_cuts_the_model,
+    zero_has_what_is_asked,
+)
+from distllm.config.schema import Config
+from distllm.config.stage_rules import (
+    chunks_fill_the_stages,
+    layers_fill_the_stages,
+    uneven_settings_have_stages,
+)
+
+Changes = dict[str, Any]
+# Each changed setting costs this much beside the doublings or halvings of its value.
+PRICE = 0.5
+# What trains differently costs more than what only runs differently.
+PRICE_OF_ANOTHER_BATCH = 8.0
+MOST_CANDIDATES = 10_000
+UNPLACED: Changes = {"parallel.first_stage_layers": None, "parallel.last_stage_layers": None}
+EVEN: Changes = UNPLACED | {"parallel.embedding_as_layer": False, "parallel.loss_as_layer": False}
+# Models such as Llama 3 405B have two layers less than even stages would hold.
+COUNTED: Changes = UNPLACED | {"parallel.embedding_as_layer": True, "parallel.loss_as_layer": True}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """changes: setting -> value. distance: doublings or halvings of all degrees, and PRICE per change.
+    config: the job with them."""
+
+    changes: Changes
+    distance: float
+    config: Config
+
+    @property
+    def overrides(self) -> list[str]:
+        """As they are typed."""
+        written = {None: "null", True: "true", False: "false"}
+        return [
+            f"{setting}={written[value] if value is None or isinstance(value, bool) else value}"
+            for setting, value in self.changes.items()
+        ]
+
+
+def nearest_layouts(config: Config, world_size: int, most: int = 3) -> list[Proposal]:
+    """At most `most` legal layouts, the nearest first, none of which only adds to a nearer one's changes.
+
+    Empty where the layout of `config` is legal. Tried are tensor, sequence and pipeline parallelism, chunks,
+    how layers are shared out, the micro-batch size, the ZeRO stage; the global batch size at a high price.
+    """
+    if is_legal(config, world_size, LAYOUT_RULES):
+        return []
+    proposals: list[Proposal] = []
+    for distance, changes in itertools.islice(_candidates(config, world_size), MOST_CANDIDATES):
+        if any(proposal.changes.items() <= changes.items() for proposal in proposals):
+            continue
+        candidate = changed(config, changes)
+        if is_legal(candidate, world_size, LAYOUT_RULES):
+            proposals.append(Proposal(changes, distance, candidate))
+            if len(proposals) == most:
+                break
+    return proposals
+
+
+def is_legal(config: Config, world_size: int, rules: Iterable[Rule]) -> bool:
+    return not any(next(rule(config, world_size), None) for rule in rules)
+
+
+def changed(config: Config, changes: Changes) -> Config:
+    """`config` with some settings replaced."""
+    for setting, value in changes.items():
+        section, name = setting.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def _candidates(config: Config, world_size: int) -> Iterator[tuple[float, Changes]]:
+    """(distance, changes) in order of distance: combinations of parts that are legal by themselves."""
+    degrees = _divisors(world_size)
+    tensors = _legal(
+        config,
+        ({"parallel.tensor": t, "parallel.sequence": s} for t in degrees for s in (False, True)),
+        (tensor_cuts_the_model, sequence_is_cut),
+    )
+    pipelines = _legal(
+        config,
+        (
+            {"parallel.pipeline": p, "parallel.virtual_pipeline": v, **even}
+            for p in degrees
+            for v in sorted({config.parallel.virtual_pipeline, *_divisors(config.model.num_layers)})
+            if p * v <= config.model.num_layers + 2  # embedding and loss may count as layers
+            for even in ({}, EVEN, COUNTED)
+        ),
+        (uneven_settings_have_stages, layers_fill_the_stages, chunks_fill_the_stages),
+    )
+    zeros = _legal(config, ({"zero.stage": stage} for stage in range(4)), (zero_has_what_is_asked,))
+    if {} in zeros:
+        zeros = [{}]  # no other rule asks for the stage
+    recomputes: list[Changes] = [{}, {"recompute.num_layers": None}] if config.recompute.num_layers else [{}]
+    found: list[tuple[float, Changes]] = []
+    for tensor, pipeline in itertools.product(tensors, pipelines):
+        degree = _value(config, tensor, "parallel.tensor") * _value(config, pipeline, "parallel.pipeline")
+        if world_size % degree == 0:
+            batches = _batches(config, pipeline, world_size // degree)
+            for rest in itertools.product(batches, zeros, recomputes):
+                changes = {name: value for part in (tensor, pipeline, *rest) for name, value in part.items()}
+                found.append((_distance(config, changes), changes))
+    return iter(sorted(found, key=lambda candidate: candidate[0]))
+
+
+def _legal(config: Config, parts: Iterable[Changes], rules: tuple[Rule, ...]) -> list[Changes]:
+    """What these parts would change, for those that keep `rules`; none twice."""
+    differences = [{k: v for k, v in part.items() if v != _value(config, {}, k)} for part in parts]
+    distinct = [part for i, part in enumerate(differences) if part not in differences[:i]]
+    return [part for part in distinct if is_legal(changed(config, part), 1, rules)]
+
+
+def _batches(config: Config, pipeline: Changes, ranks: int) -> list[Changes]:
+    """Ways to share a batch out: other micro-batch sizes, or the next global batch sizes."""
+    size, micro = config.train.global_batch_size, config.train.micro_batch_size
+    chunks = _value(config, pipeline, "parallel.virtual_pipeline")
+    fewest = _value(config, pipeline, "parallel.pipeline") if chunks > 1 else 1  # microbatches
+    if size % ranks == 0:
+        fitting = [n for n in _divisors(size // ranks) if size // ranks // n >= fewest]
+        if micro in fitting:
+            return [{}]
+        if fitting:
+            nearest = sorted(fitting, key=lambda n: abs(math.log2(n / micro)))
+            return [{"train.micro_batch_size": n} for n in nearest[:2]]
+    unit = micro * ranks
+    sizes = {max(size // unit, fewest) * unit, max(-(-size // unit), fewest) * unit}
+    return [{"train.global_batch_size": n} for n in sizes if n != size]
+
+
+def _value(config: Config, changes: Changes, setting: str) -> Any:
+    section, name = setting.split(".")
+    return changes[setting] if setting in changes else getattr(getattr(config, section), name)
+
+
+def _distance(config: Config, changes: Changes) -> float:
+    return sum(_price(setting, _value(config, {}, setting), value) for setting, value in changes.items())
+
+
+def _price(setting: str, before: Any, after: Any) -> float:
+    if setting == "zero.stage":
+        return PRICE + abs(after - before)
+    if isinstance(before, bool) or before is None or after is None:
+        return PRICE
+    doublings = abs(math.log2(after / before))
+    return doublings + (PRICE_OF_ANOTHER_BATCH if setting == "train.global_batch_size" else PRICE)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

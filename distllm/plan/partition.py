@@ -1,0 +1,60 @@
+"""How ZeRO cuts the parameters of a rank among the data-parallel ranks, as DeepSpeed 0.19.8 does it. Pure."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+
+from distllm.plan.parameters import Shapes, numel
+
+# DeepSpeed makes every partition of stages 1 and 2 a multiple of two elements (nccl_start_alignment_factor).
+ALIGNMENT = 2
+
+
+def partition_numel(shapes: Shapes, zero_stage: int, dp_size: int) -> int:
+    """Elements of one data-parallel rank's partition, padding included; all of them at stage 0."""
+    if zero_stage == 0:
+        return numel(shapes)
+    return sum(group_partitions(shapes, zero_stage, dp_size))
+
+
+def group_partitions(shapes: Shapes, zero_stage: int, dp_size: int) -> tuple[int, int]:
+    """The elements of a partition in each of the optimizer's two groups (not decayed, decayed).
+
+    Stages 1 and 2 cut each group as one flat tensor, stage 3 each parameter.
+    """
+    first, second = (
+        sum(-(-n // dp_size) for n in group) if zero_stage == 3 else _cut(sum(group), dp_size)
+        for group in _groups(shapes)
+    )
+    return first, second
+
+
+def spanned_numel(shapes: Shapes, dp_size: int) -> int:
+    """Elements of all parameters that a partition of stages 1 and 2 has any part of, on the rank with most.
+
+    DeepSpeed keeps these gradients whole, also where the cut runs through a parameter.
+    """
+    groups = [[0, *accumulate(group)] for group in _groups(shapes)]
+    return max(
+        sum(_spanned(ends, _cut(ends[-1], dp_size), rank) for ends in groups) for rank in range(dp_size)
+    )
+
+
+def _spanned(ends: list[int], part: int, rank: int) -> int:
+    """ends: where each parameter of the flat group begins, and where the last one ends."""
+    begin, end = min(rank * part, ends[-1]), min((rank + 1) * part, ends[-1])
+    return 0 if begin == end else ends[bisect_left(ends, end)] - ends[bisect_right(ends, begin) - 1]
+
+
+def _cut(group_numel: int, dp_size: int) -> int:
+    return -(-group_numel // (dp_size * ALIGNMENT)) * ALIGNMENT
+
+
+def _groups(shapes: Shapes) -> tuple[list[int], list[int]]:
+    """Elements of each parameter, in order, of the optimizer's two groups: not decayed and decayed."""
+    groups: tuple[list[int], list[int]] = ([], [])
+    for shape in shapes.values():
+        groups[len(shape) >= 2].append(math.prod(shape))
+    return groups

@@ -1,0 +1,156 @@
+"""`distllm check [overrides] world_size=N`: is this job legal on N ranks, and what will each of them need?
+
+Neither torch nor a GPU nor the data is needed; the rules are those of `train`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from distllm.config.compose import Request, load
+from distllm.config.layout_rules import num_microbatches
+from distllm.config.problems import UserError, user_error
+from distllm.config.rules import NUM_BYTES
+from distllm.config.schema import Config, Tokenizer
+from distllm.layout.grid import Grid
+from distllm.metrics.format import block, bytes_, count, plural, table
+from distllm.metrics.summary import batch_arithmetic
+from distllm.model.size import count_parameters
+from distllm.plan.activations import microbatches_in_flight
+from distllm.plan.bubble import bubble_of_ideal_time, bubble_of_step
+from distllm.plan.memory import estimate_memory, rank_memory
+from distllm.plan.nearest import Proposal, nearest_layouts
+from distllm.plan.stages import pipeline_stages
+
+NOT_COUNTED = "without communication buffers, layers that ZeRO-3 gathers, fragmentation and libraries"
+
+
+def run(request: Request) -> int:
+    """Print what a legal job comes to; else a `UserError` with all reasons and the nearest legal layouts."""
+    if request.is_sweep:
+        rule = "looks at one job at a time"
+        raise user_error("arguments", "--multirun", rule, "distllm check for each of them")
+    try:
+        config = load(request)
+    except UserError as refusal:
+        advice = _advice(refusal.config, request.world_size) if refusal.config else ""
+        raise UserError(refusal.problems, advice=advice) from None
+    print(report(config, vocabulary_size(config.tokenizer), request.world_size))
+    return 0
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Tokens in all, without training a tokenizer. User errors: a finished tokenizer that `train` refuses."""
+    if tokenizer.path is not None:
+        from distllm.data.prepare import check_finished
+        from distllm.data.tokenizer import TextTokenizer
+
+        folder = Path(tokenizer.path).expanduser()
+        finished = TextTokenizer.load(folder, tokenizer.end_of_document)
+        check_finished(finished, tokenizer)
+        return finished.vocab_size
+    return tokenizer.vocab_size or NUM_BYTES + 1 + len(tokenizer.special_tokens)
+
+
+def report(config: Config, vocab_size: int, world_size: int) -> str:
+    """All that follows from a legal layout."""
+    parallel = config.parallel
+    grid = Grid.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    microbatches = num_microbatches(config, world_size)
+    assert microbatches is not None, "the batch of a legal job is shared out"
+    train = config.train
+    sections = {
+        "model": _model(config, vocab_size),
+        "layout": _layout(config, grid),
+        "stages": _stages(config),
+        "batch": batch_arithmetic(
+            train.global_batch_size, train.micro_batch_size, grid.data, config.model.seq_length
+        ),
+        "bubble": _bubble(config, microbatches),
+        "memory": _memory(config, vocab_size, grid.data, microbatches),
+    }
+    return block("distllm check: legal", sections)
+
+
+def _model(config: Config, vocab_size: int) -> str:
+    model = config.model
+    padded = model.padded_vocab_size(vocab_size)
+    padding = f", padded to {padded:,}" if padded > vocab_size else ""
+    parameters = count(count_parameters(model, vocab_size).total)
+    return f"{model.name}: {parameters} parameters, vocabulary {vocab_size:,}{padding}"
+
+
+def _layout(config: Config, grid: Grid) -> str:
+    sequence = ", sequence parallel" if config.parallel.sequence else ""
+    degrees = f"tensor {grid.tensor} x pipeline {grid.pipeline} x data {grid.data}"
+    return (
+        f"{plural(grid.world_size, 'rank')} = {degrees}{sequence}\n"
+        f"ZeRO stage {config.zero.stage}, {config.train.precision}, "
+        f"gradients in {config.train.gradient_accumulation}\n{grid}"
+    )
+
+
+def _stages(config: Config) -> str:
+    """Layers of each stage, stages alike on one line."""
+    stages = pipeline_stages(config.model.num_layers, config.parallel)
+    lines = {}
+    for sizes, alike in groupby(enumerate(stages), lambda numbered: [len(c) for c in numbered[1].chunks]):
+        numbers = [number for number, _ in alike]
+        name = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
+        chunks = f" in {len(sizes)} chunks: {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
+        lines[name] = f"{plural(sum(sizes), 'layer')}{' each' if len(numbers) > 1 else ''}{chunks}"
+    return table(lines)
+
+
+def _bubble(config: Config, microbatches: int) -> str:
+    sizes = config.parallel.pipeline, config.parallel.virtual_pipeline, microbatches
+    if config.parallel.pipeline == 1:
+        return ""
+    schedule = "1F1B" if config.parallel.virtual_pipeline == 1 else "interleaved 1F1B"
+    return (
+        f"{bubble_of_step(*sizes):.2%} of each step is waiting, "
+        f"{bubble_of_ideal_time(*sizes):.2%} on top of the ideal time ({schedule})"
+    )
+
+
+def _memory(config: Config, vocab_size: int, data_parallel: int, microbatches: int) -> str:
+    """Bytes per rank of the first, a middle and the last stage."""
+    last = config.parallel.pipeline - 1
+    rows: dict[str, list[str]] = {"": []}
+    for stage in sorted({0, (last + 1) // 2, last}):
+        memory = rank_memory(config, vocab_size, data_parallel, stage)
+        in_flight = microbatches_in_flight(config, stage, microbatches)
+        rows[""].append(f"stage {stage}")
+        for kind, size in asdict(memory).items():
+            if kind != "host":
+                rows.setdefault(kind.replace("_", " "), []).append(bytes_(size))
+        rows.setdefault("total on the device", []).append(bytes_(memory.total))
+        if memory.host:
+            rows.setdefault("in host memory", []).append(bytes_(memory.host))
+        rows.setdefault("microbatches in flight", []).append(f"{in_flight:g}")
+    width = max(len(cell) for cells in rows.values() for cell in cells)
+    lines = {name: "  ".join(cell.rjust(width) for cell in cells) for name, cells in rows.items()}
+    return f"per rank, {NOT_COUNTED}\n{table(lines)}"
+
+
+def _advice(config: Config, world_size: int) -> str:
+    """The nearest legal layouts, each as it is typed; nothing where the layout is not what is refused."""
+    lines = []
+    for i, proposal in enumerate(nearest_layouts(config, world_size), 1):
+        lines.append(f"  {i}. {' '.join(proposal.overrides)}")
+        lines.append(f"     distance {proposal.distance:.1f}{_need(proposal, world_size)}")
+    heading = "nearest legal layouts (distance: doublings and halvings, and 0.5 for each changed setting):"
+    return "\n".join([heading, *lines]) if lines else ""
+
+
+def _need(proposal: Proposal, world_size: int) -> str:
+    config = proposal.config
+    try:
+        vocab_size = vocabulary_size(config.tokenizer)
+    except UserError:  # one of the problems already
+        return ""
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    total = sum(estimate_memory(config, vocab_size, data_parallel).values())
+    return f"; {bytes_(total)} on the fullest rank"
