@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from distllm.config import compose
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine, StepResult, create_engine
 from distllm.engine.pipeline import Microbatch
+from distllm.engine.replicated import ReplicatedEngine
+from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Grid
 from distllm.layout.groups import Groups, create_groups, destroy_groups
+from distllm.layout.place import Box
 from distllm.model.build import build_model
 
 VOCAB_SIZE = 300
@@ -35,10 +42,12 @@ SMALL_JOB = (
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves for comparison: per step loss and gradient norm; weights by canonical name."""
+    """What a run leaves for comparison: per step loss and gradient norm; by canonical name the gradients of
+    the first step, before clipping, and the weights after the last."""
 
     losses: list[float]
     grad_norms: list[float]
+    gradients: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
 
 
@@ -66,9 +75,9 @@ def build_engine(config: Config, vocab_size: int = VOCAB_SIZE) -> Engine:
     grid = Grid.from_world_size(
         torch.distributed.get_world_size(), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
     )
-    groups = create_groups(grid, timedelta(seconds=60))
+    groups = create_groups(grid, timedelta(seconds=60), config.parallel.virtual_pipeline)
     built = build_model(config, vocab_size, groups, torch.device("cpu"))
-    return create_engine(built.module, built.places, config, groups)
+    return create_engine(built.chunks, built.places, config, groups)
 
 
 def finish(engine: Engine) -> None:
@@ -78,23 +87,75 @@ def finish(engine: Engine) -> None:
 def train(engine: Engine, config: Config, steps: int, learning_rate: float | None = None) -> Trace:
     """`steps` updates at a constant learning rate."""
     results: list[StepResult] = []
+    gradients: dict[str, torch.Tensor] = {}
     for step in range(steps):
         batch = microbatches(step, config, engine.groups)
-        results.append(engine.train_step(batch, learning_rate or config.optimizer.lr))
+        with captured_gradients(engine) as captured:
+            results.append(engine.train_step(batch, learning_rate or config.optimizer.lr))
+        gradients = gradients or _put_together(captured)
     return Trace(
         [result.loss for result in results],
         [result.grad_norm for result in results],
+        gradients,
         gather_weights(engine),
     )
 
 
+# Of each piece: canonical name, global shape, boxes that it covers, its elements in flat order.
+Pieces = list[tuple[str, tuple[int, ...], list[Box], torch.Tensor]]
+
+
+@contextmanager
+def captured_gradients(engine: Engine) -> Iterator[Pieces]:
+    """This rank's gradients of the step inside, complete and not yet clipped."""
+    pieces: Pieces = []
+
+    def capture(gradient_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> None:
+        for parameter, place in engine.places.items():
+            flat = gradient_of(parameter).detach().float().flatten().clone()
+            pieces.append((place.name, place.global_shape, place.boxes(0, flat.numel()), flat))
+
+    if isinstance(engine, ReplicatedEngine):
+        owner, method = engine, "_global_grad_norm"
+        source = engine.gradients.__getitem__
+    else:
+        assert isinstance(engine, ZeroEngine), f"no way is known to the gradients of {type(engine)}"
+        owner, method, source = engine.deepspeed, "step", safe_get_full_grad
+    original = getattr(owner, method)
+
+    def capture_first() -> Any:
+        capture(source)
+        return original()
+
+    setattr(owner, method, capture_first)
+    try:
+        yield pieces
+    finally:
+        setattr(owner, method, original)
+
+
 def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """fp32 weights of the whole model by canonical name, put together from every rank's fragments."""
-    mine = [
-        (f.place.name, f.place.global_shape, f.place.boxes(f.start, f.stop), f.tensors["weight"].clone())
-        for f in engine.fragments()
-    ]
-    everyone: list[list] = [[] for _ in range(torch.distributed.get_world_size())]
+    return _put_together(
+        [
+            (
+                f.place.name,
+                f.place.global_shape,
+                f.place.boxes(f.start, f.stop),
+                f.tensors["weight"].cpu().clone(),
+            )
+            for f in engine.fragments()
+        ]
+    )
+
+
+def _put_together(mine: Pieces) -> dict[str, torch.Tensor]:
+    """Whole tensors by canonical name, from the pieces of all ranks; replicas must agree.
+
+    To 1e-6: equal gradients give replicas equal updates up to an ulp, since ZeRO puts a parameter elsewhere
+    in the flat buffer of each stage, and vectorised kernels round the ends of a buffer differently.
+    """
+    everyone: list[Pieces] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everyone, mine)
     weights: dict[str, torch.Tensor] = {}
     for name, global_shape, boxes, flat in (item for part in everyone for item in part):
@@ -102,7 +163,10 @@ def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
         begin = 0
         for box in boxes:
             index = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
-            whole[index] = flat[begin : begin + box.numel].view(box.sizes)
+            piece = flat[begin : begin + box.numel].view(box.sizes)
+            is_new = torch.isnan(whole[index])
+            torch.testing.assert_close(whole[index][~is_new], piece[~is_new], rtol=1e-6, atol=1e-6)
+            whole[index] = piece
             begin += box.numel
     assert not any(torch.isnan(w).any() for w in weights.values()), "the fragments do not cover the model"
     return weights
@@ -121,3 +185,24 @@ def assert_weights_close(
     errors = {name: (actual[name].double() - expected[name].double()).abs().max().item() for name in expected}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= atol, f"{what}: {worst} is {errors[worst]:.2e} off, more than {atol:.0e}"
+
+
+def assert_traces_equal(actual: Trace, expected: Trace, what: str) -> None:
+    """fp32 runs of one job under two layouts.
+
+    Losses and norms are sums of some 1e4 terms in another order: a few ulp (1e-7) apart in the first step,
+    more with every step; 1e-5 relative leaves a decade. Gradients of the first step: 1e-5 of the tensor's
+    norm, for the same reason. Weights: ten updates of at most lr = 3e-3, whose relative error is that of a
+    gradient over its root mean square, 1e-4 at worst (see SMALL_JOB on epsilon): 10 * 3e-3 * 1e-4 = 3e-6;
+    1e-5 is asked.
+    """
+    for name, numbers in (("losses", "losses"), ("gradient norms", "grad_norms")):
+        for step, (a, b) in enumerate(
+            zip(getattr(actual, numbers), getattr(expected, numbers), strict=True), 1
+        ):
+            assert abs(a - b) <= 1e-5 * abs(b), f"{what}: {name} of step {step}: {a!r}, expected {b!r}"
+    assert actual.gradients.keys() == expected.gradients.keys(), what
+    for name, gradient in expected.gradients.items():
+        error = ((actual.gradients[name] - gradient).norm() / gradient.norm()).item()
+        assert error <= 1e-5, f"{what}: first gradient of {name} is {error:.1e} of its norm off"
+    assert_weights_close(actual.weights, expected.weights, atol=1e-5, what=what)

@@ -25,6 +25,7 @@ class Shape:
     rope_base: float
     activation: str
     tied: bool
+    vocab_size: int  # rows of the embedding beyond are padding
 
 
 def logits(weights: dict[str, Tensor], tokens: Tensor, shape: Shape) -> Tensor:
@@ -41,7 +42,7 @@ def logits(weights: dict[str, Tensor], tokens: Tensor, shape: Shape) -> Tensor:
     final = {name.removeprefix("decoder."): value for name, value in weights.items()}
     x = normalize(x, final, "final_layernorm", shape)
     output = embedding if shape.tied else weights["output_layer.weight"]
-    return x @ output.T
+    return x @ output[: shape.vocab_size].T
 
 
 def loss(weights: dict[str, Tensor], tokens: Tensor, shape: Shape) -> Tensor:

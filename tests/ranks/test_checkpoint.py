@@ -87,14 +87,14 @@ def resume_and_compare(rank: int, folder: Path, cases: list[tuple[str, ...]]) ->
         engine = jobs.build_engine(config)
         train(engine, config, range(3))
         save(engine, path, 3)
-        saved, logits = local_state(engine), engine.logits(tokens)
+        saved, logits = local_state(engine), engine.logits(tokens, jobs.VOCAB_SIZE)
         expected = train(engine, config, range(3, 6))
         final, scalars = local_state(engine), engine.scalars()
         jobs.finish(engine)
 
         engine, config = load(path, *case)
         wrong = [f"loaded {name}" for name in differences(local_state(engine), saved)]
-        if not torch.equal(engine.logits(tokens), logits):
+        if not torch.equal(engine.logits(tokens, jobs.VOCAB_SIZE), logits):
             wrong.append("working weights")
         results = train(engine, config, range(3, 6))
         if results != expected:

@@ -50,6 +50,7 @@ def shape_of(config: Config) -> reference.Shape:
         rope_base=model.rope_base,
         activation=model.activation,
         tied=model.tie_embeddings,
+        vocab_size=jobs.VOCAB_SIZE,
     )
 
 
@@ -74,10 +75,10 @@ def our_passes(rank: int, overrides: tuple[str, ...]) -> Passes:
         for parameter in engine.places:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     tokens = jobs.global_batch(0, config)
-    logits = engine.logits(tokens[:, :-1])
+    logits = engine.logits(tokens[:, :-1], jobs.VOCAB_SIZE)
     named = {place.name: parameter for parameter, place in engine.places.items()}
     weights = {name: parameter.detach().clone() for name, parameter in named.items()}
-    losses = engine.stage(
+    losses = engine.chunks[0](
         tokens[:, :-1], torch.arange(tokens.size(1) - 1).expand(3, -1), None, labels=tokens[:, 1:]
     )
     losses.mean().backward()

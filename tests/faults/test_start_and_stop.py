@@ -1,0 +1,52 @@
+"""Starting and stopping a job leaves nothing behind: no hang, no abort, no process, no shared memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STARTS = 20
+LEFTOVERS = ("/dev/shm/*", "/tmp/torchelastic_*", "/tmp/pymp-*", "/tmp/*.sock")
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Processes whose command line names the run directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it has just ended
+        if str(run_dir) in command:
+            found.append(command)
+    return found
+
+
+def files_outside() -> set[Path]:
+    return {path for pattern in LEFTOVERS for path in Path("/").glob(pattern.lstrip("/"))}
+
+
+@pytest.mark.long
+def test_twenty_starts_and_stops_of_four_ranks(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Nothing is left behind. " * 500)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    before = files_outside()
+    for start in range(STARTS):
+        run_dir = tmp_path / f"run{start}"
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "distllm", "train"),
+            *("model=tiny", "tokenizer=bytes", "data=text", f"data.path={tmp_path}/*.txt"),
+            *("data.validation_fraction=0", "train.validation_interval=0", "checkpoint.interval=0"),
+            *("train.steps=2", "train.micro_batch_size=2", "logging.sample_tokens=0", f"run.dir={run_dir}"),
+            *("parallel.tensor=2", f"parallel.pipeline={1 + start % 2}"),
+            *(f"zero.stage={start % 4}", f"data.cache={tmp_path}/cache"),
+        ]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, f"start {start}:\n{result.stdout}\n{result.stderr}"
+        assert not processes_of(run_dir), f"start {start} left processes behind"
+    assert files_outside() <= before

@@ -1,0 +1,153 @@
+"""Every layout trains the same model: tensor, sequence, pipeline and data parallelism with ZeRO 0 to 3.
+
+Compared with the single process, at the same global batch: losses and gradient norms of ten steps, all
+gradients of the first, all weights after the last. Tolerances: see jobs.assert_traces_equal.
+"""
+
+from __future__ import annotations
+
+import jobs
+import pytest
+from harness import run_ranks
+
+STEPS = 10
+TIED = "model.tie_embeddings=true"
+SMALL_GPT2 = (
+    "model=gpt2_124m",
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=4",
+    "model.seq_length=32",
+)
+# Name: (ranks, overrides)
+LAYOUTS = {
+    "TP2": (2, ("parallel.tensor=2",)),
+    "TP2+SP": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "PP2": (2, ("parallel.pipeline=2",)),
+    "PP2 interleaved": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "PP4": (4, ("parallel.pipeline=4",)),
+    "TP2xPP2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "DP2xTP2": (4, ("parallel.tensor=2",)),
+    "DP2xPP2": (4, ("parallel.pipeline=2",)),
+}
+MORE_LAYOUTS = {
+    "TP2+SP x PP2 interleaved": (
+        4,
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    ),
+    "uneven stages": (2, ("parallel.pipeline=2", "parallel.first_stage_layers=1")),
+    "embedding and loss as layers": (
+        2,
+        ("parallel.pipeline=2", "parallel.embedding_as_layer=true", "parallel.loss_as_layer=true"),
+    ),
+    "fewer microbatches than stages": (2, ("parallel.pipeline=2", "train.micro_batch_size=16")),
+    "odd number of microbatches": (
+        2,
+        ("parallel.pipeline=2", "train.global_batch_size=16", "train.micro_batch_size=16"),
+    ),
+    "full recompute": (4, ("parallel.pipeline=2", "recompute=full")),
+    "full recompute of one layer": (4, ("parallel.tensor=2", "recompute=full", "recompute.num_layers=1")),
+    "selective recompute": (4, ("parallel.pipeline=2", "recompute=selective")),
+}
+
+
+def train_cases(rank: int, cases: list[tuple[str, ...]]) -> list[jobs.Trace]:
+    """Several jobs in one start of the ranks; all ranks return the same."""
+    traces = []
+    for overrides in cases:
+        config = jobs.make_config(*overrides)
+        engine = jobs.build_engine(config)
+        traces.append(jobs.train(engine, config, STEPS))
+        jobs.finish(engine)
+    return traces
+
+
+def single_process(*overrides: str) -> jobs.Trace:
+    (trace,) = run_ranks(1, train_cases, [("zero.stage=0", *overrides)])[0]
+    return trace
+
+
+@pytest.fixture(scope="module")
+def untied() -> jobs.Trace:
+    return single_process()
+
+
+@pytest.fixture(scope="module")
+def tied() -> jobs.Trace:
+    return single_process(TIED)
+
+
+def check(
+    world_size: int,
+    layout: tuple[str, ...],
+    references: dict[tuple[str, ...], jobs.Trace],
+    stages: tuple[int, ...],
+) -> None:
+    cases = [(f"zero.stage={stage}", *layout, *model) for stage in stages for model in references]
+    expected = [trace for _ in stages for trace in references.values()]
+    for rank_traces in run_ranks(world_size, train_cases, cases, deadline_seconds=240):
+        for case, trace, reference in zip(cases, rank_traces, expected, strict=True):
+            jobs.assert_traces_equal(trace, reference, f"{world_size} ranks, {' '.join(case)}")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_stage_tied_and_untied(name: str, tied: jobs.Trace, untied: jobs.Trace) -> None:
+    world_size, layout = LAYOUTS[name]
+    check(world_size, layout, {(): untied, (TIED,): tied}, stages=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("name", MORE_LAYOUTS)
+def test_more_of_the_layouts(name: str, tied: jobs.Trace) -> None:
+    world_size, layout = MORE_LAYOUTS[name]
+    check(world_size, layout, {(TIED,): tied}, stages=(0, 1, 2, 3))
+
+
+def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace, untied: jobs.Trace) -> None:
+    layout = ("parallel.tensor=2", "parallel.pipeline=2")
+    check(8, layout, {(): untied, (TIED,): tied}, stages=(1, 2, 3))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimizer_states_in_host_memory(stage: int, tied: jobs.Trace) -> None:
+    for layout in (
+        ("parallel.tensor=2", "parallel.pipeline=2"),
+        ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+        ("train.micro_batch_size=4",),
+        ("parallel.tensor=2", "train.micro_batch_size=2"),
+    ):
+        check(4, (*layout, "zero.offload_optimizer=true"), {(TIED,): tied}, stages=(stage,))
+
+
+def test_gpt2_shape_with_biases_learned_positions_and_sequence_parallelism() -> None:
+    reference = single_process(*SMALL_GPT2)
+    for layout in (
+        ("parallel.tensor=4", "parallel.sequence=true"),
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"),
+    ):
+        check(4, layout, {SMALL_GPT2: reference}, stages=(0, 2, 3))
+
+
+def test_stage_3_with_parts_that_need_padding() -> None:
+    """Five data-parallel ranks cut no matrix evenly; the tied embedding's gradient is written back whole."""
+    batch = ("train.global_batch_size=10", "train.micro_batch_size=1", TIED)
+    reference = single_process(*batch)
+    check(10, ("parallel.pipeline=2",), {batch: reference}, stages=(3,))
+
+
+@pytest.mark.parametrize("tie", ["false", "true"])
+def test_bf16(tie: str) -> None:
+    """A bf16 value has 8 bits: it is off by up to 2^-9 = 2e-3 of itself. Another layout rounds other partial
+    sums, one rounding per matrix product, and the loss, a mean over 512 tokens of errors of either sign, is
+    less off than a single value: 2e-3 * |loss| / sqrt(512) = 1e-4 relative. Updates carry that on: ten times
+    it is asked. A gradient norm sums squares, whose errors average likewise; ten times more for later steps,
+    whose weights differ (a weight's update is its gradient over the gradient's own size: no error averages).
+    """
+    bf16 = ("train.precision=bf16", f"model.tie_embeddings={tie}")
+    reference = single_process(*bf16)
+    for world_size, layout in (LAYOUTS["TP2xPP2"], LAYOUTS["DP2xPP2"], LAYOUTS["TP2+SP"]):
+        cases = [(f"zero.stage={stage}", *layout, *bf16) for stage in (0, 1, 2, 3)]
+        for case, trace in zip(cases, run_ranks(world_size, train_cases, cases)[0], strict=True):
+            assert trace.losses == pytest.approx(reference.losses, rel=1e-3), case
+            assert trace.grad_norms == pytest.approx(reference.grad_norms, rel=1e-2), case
