@@ -20,6 +20,7 @@ from distllm.config.schema import Config
 
 OLDEST_TORCH = (2, 11)
 SUPPORTED_TORCH = "torch>=2.11,<2.14"
+TESTED_VERSIONS = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 NUM_BYTES = 256
 
 
@@ -45,16 +46,29 @@ def check_environment(config: Config, verb: str = "train") -> list[Problem]:
 
 
 def check_versions() -> list[Problem]:
-    """Installed packages that are too old; read from their metadata, without importing them."""
-    try:
-        installed = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        installed = "not installed"
+    """Installed packages that are too old or untested; read from their metadata, without importing them.
+
+    The adapters reach into the insides of DeepSpeed and Megatron Core: another version may train a wrong
+    model without any error, so only those that the tests have seen are taken.
+    """
+    problems = []
+    installed = _installed("torch")
     numbers = re.match(r"(\d+)\.(\d+)", installed)
-    if numbers and (int(numbers[1]), int(numbers[2])) >= OLDEST_TORCH:
-        return []
-    rule = f"must be at least {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
-    return [Problem("torch", installed, rule, f"pip install '{SUPPORTED_TORCH}'")]
+    if not numbers or (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        rule = f"must be at least {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
+        problems.append(Problem("torch", installed, rule, f"pip install '{SUPPORTED_TORCH}'"))
+    for package, tested in TESTED_VERSIONS.items():
+        if (installed := _installed(package)) != tested:
+            rule = f"must be {tested}, the version that the adapter around it was tested with"
+            problems.append(Problem(package, installed, rule, f"pip install '{package}=={tested}'"))
+    return problems
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _collect(rules: Sequence[Rule], config: Config, world_size: int) -> list[Problem]:

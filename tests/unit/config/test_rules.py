@@ -175,7 +175,10 @@ def test_a_run_may_be_shorter_than_its_warm_up() -> None:
 
 @pytest.mark.parametrize(("installed", "is_old"), [("2.10.1", True), ("1.13", True), ("2.11.0+cpu", False)])
 def test_an_old_torch_is_refused(installed: str, is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: installed)
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: installed if name == "torch" else real(name)
+    )
     problems = problems_of()
     assert len(problems) == is_old
     for problem in problems:
@@ -188,10 +191,25 @@ def test_an_absent_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    assert [problem.value for problem in problems_of()] == ["not installed"]
+    assert [problem.value for problem in problems_of()] == ["not installed"] * 3
+
+
+@pytest.mark.parametrize(("package", "tested"), rules.TESTED_VERSIONS.items())
+@pytest.mark.parametrize("other", ["0.1.0", "99.0"])
+def test_untested_versions_are_refused(
+    package: str, tested: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: other if name == package else real(name))
+    (problem,) = problems_of()
+    assert (problem.setting, problem.value) == (package, other)
+    assert tested in problem.rule
+    assert problem.fix == f"pip install '{package}=={tested}'"
 
 
 def test_the_supported_torch_is_that_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert rules.SUPPORTED_TORCH in project["dependencies"]
+    for package, tested in rules.TESTED_VERSIONS.items():
+        assert f"{package}=={tested}" in project["dependencies"]
     assert rules.SUPPORTED_TORCH.startswith("torch>={}.{},".format(*rules.OLDEST_TORCH))
