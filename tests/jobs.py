@@ -13,7 +13,8 @@ from deepspeed.utils import safe_get_full_grad
 
 from distllm.config import compose
 from distllm.config.schema import Config
-from distllm.engine.engine import Engine, StepResult, create_engine
+from distllm.engine.create import create_engine
+from distllm.engine.engine import Engine, StepResult
 from distllm.engine.pipeline import Microbatch
 from distllm.engine.replicated import ReplicatedEngine
 from distllm.engine.zero import ZeroEngine

@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine, and the choice between the two that exist."""
+"""What the trainer asks of an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distllm.config.schema import Config
 from distllm.engine.pipeline import Microbatch, all_logits, loss_sums, train_loss
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
@@ -85,16 +84,3 @@ class Engine(ABC):
     @abstractmethod
     def after_load(self, scalars: Mapping[str, float]) -> None:
         """Take over what a checkpoint wrote into the fragments: scalars and working copies of the weights."""
-
-
-def create_engine(
-    chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], config: Config, groups: Groups
-) -> Engine:
-    """Stage 0 needs nothing of DeepSpeed; stages 1 to 3 are DeepSpeed's."""
-    if config.zero.stage == 0:
-        from distllm.engine.replicated import ReplicatedEngine
-
-        return ReplicatedEngine(chunks, places, config, groups)
-    from distllm.engine.zero import ZeroEngine
-
-    return ZeroEngine(chunks, places, config, groups)

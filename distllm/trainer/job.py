@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from distllm.config.schema import Config
 from distllm.data.loader import Batches
 from distllm.data.prepare import PreparedData
-from distllm.engine.engine import Engine, create_engine
+from distllm.engine.create import create_engine
+from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups
 from distllm.model.build import build_model
 from distllm.model.size import flops_per_token

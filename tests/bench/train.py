@@ -54,7 +54,7 @@ def measure(size: str, overrides: list[str], steps: int) -> Row:
     import torch
 
     from distllm.config import compose
-    from distllm.engine.engine import create_engine
+    from distllm.engine.create import create_engine
     from distllm.engine.pipeline import Microbatch
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups, destroy_groups

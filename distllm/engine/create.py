@@ -1,0 +1,25 @@
+"""The choice between the two engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from distllm.config.schema import Config
+from distllm.engine.engine import Engine
+from distllm.layout.groups import Groups
+from distllm.layout.place import Place
+
+
+def create_engine(
+    chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], config: Config, groups: Groups
+) -> Engine:
+    """Stage 0 needs nothing of DeepSpeed, whose import takes a second; stages 1 to 3 are DeepSpeed's."""
+    if config.zero.stage == 0:
+        from distllm.engine.replicated import ReplicatedEngine
+
+        return ReplicatedEngine(chunks, places, config, groups)
+    from distllm.engine.zero import ZeroEngine
+
+    return ZeroEngine(chunks, places, config, groups)
