@@ -109,13 +109,22 @@ class TokenStream:
 
 
 def check_vocabulary(prefix: Path, max_token: int, vocab_size: int) -> None:
-    """User error if the tokens of `prefix` reach beyond the tokenizer's vocabulary."""
+    """User error if the tokenizer and the token file `prefix` do not belong together: ids beyond the
+    vocabulary, or a vocabulary beyond the ids that the file's token type can hold."""
     if max_token >= vocab_size:
         raise user_error(
             "tokenizer.path",
             f"a vocabulary of {vocab_size}",
             f"must be the tokenizer that made {prefix}.bin, whose largest token id is {max_token}",
             "name that tokenizer, or prepare the data anew with this one",
+        )
+    token_type = TokenStream(prefix).tokens.dtype
+    if vocab_size > np.iinfo(token_type).max + 1:
+        raise user_error(
+            "tokenizer.vocab_size",
+            vocab_size,
+            f"must fit the token type of {prefix}.bin, {token_type}: at most {np.iinfo(token_type).max + 1}",
+            "a smaller vocabulary, or remove the folder, and it is prepared anew",
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from distllm.config import schema
 from distllm.config.problems import user_error
 from distllm.data.cache import build_once, digest
+from distllm.data.indexed import check_vocabulary
 from distllm.data.sources import read_documents, source_files
 from distllm.data.splits import Split, is_held_out, write_splits
 from distllm.data.tokenizer import TextTokenizer
@@ -85,6 +86,8 @@ def prepare(data: schema.Data, tokenizer: schema.Tokenizer, report: Report) -> P
         validation=split("validation") if manifest["validation"] else None,
         fingerprint=manifest["fingerprint"],
     )
+    for part in filter(None, (prepared.train, prepared.validation)):
+        check_vocabulary(part.prefix, part.max_token, prepared.vocab_size)
     report(_summary(prepared))
     return prepared
 
