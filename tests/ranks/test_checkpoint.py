@@ -121,6 +121,20 @@ def test_a_resume_under_the_same_layout_is_bitwise(tmp_path: Path) -> None:
             assert wrong == [], f"rank {rank}, {' '.join(case)}"
 
 
+def test_a_resume_under_model_parallelism_is_bitwise(tmp_path: Path) -> None:
+    """The same on four ranks that share layers and their stack."""
+    layouts = (
+        ("parallel.tensor=2", "parallel.pipeline=2"),
+        ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+        ("parallel.tensor=2", "parallel.sequence=true", "model.tie_embeddings=true"),
+    )
+    cases = [(f"zero.stage={stage}", *layout) for stage in (0, 1, 2, 3) for layout in layouts]
+    results = run_ranks(4, resume_and_compare, tmp_path, cases, deadline_seconds=300)
+    for rank, wrong_per_case in enumerate(results):
+        for case, wrong in zip(cases, wrong_per_case, strict=True):
+            assert wrong == [], f"rank {rank}, {' '.join(case)}"
+
+
 def write_all(rank: int, folder: Path, cases: list[tuple[str, ...]]) -> list[list[StepResult]]:
     """Train three steps, save as folder/<number of the case>, train two more and return these."""
     further = []
