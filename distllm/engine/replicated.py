@@ -61,6 +61,8 @@ class ReplicatedEngine(Engine):
         for parameter, master in self.masters.items():
             master.grad = self.gradients[parameter].to(master.dtype)  # itself where the types are equal
         self.optimizer.step()
+        if self.flat_gradient.dtype != torch.float32:
+            self.optimizer.zero_grad(set_to_none=True)  # the fp32 copies, as large as the masters
         self._refresh_working_weights()
         return grad_norm.item()
 

@@ -8,11 +8,12 @@ data-parallel ranks; buckets and the gradient that is being computed are not cou
   beside the fp32 ones: W + G instead of G.
 - Stage 2, unless weights are bf16 and gradients fp32: gradients of a microbatch are collected in a buffer of
   their own before they are added to those of earlier microbatches: 2G / N instead of G / N. Parameters that
-  the partition's ends cut through count whole.
+  the partition's ends cut through count whole. With interleaved chunks it also keeps zeros for those that a
+  backward pass does not reach, up to half as much again, which is not predicted here.
 - The update, when no activations are left. Stages 1 and 2, unless weights are bf16 and gradients fp32, and
-  stage 3: the partition of the larger optimizer group is copied into one flat fp32 tensor beside the gradients
-  themselves: 4 / N more. Stage 1 first copies its partition out of the reduced gradients, before it frees
-  those: G + G / N.
+  stage 3: the partition of the larger optimizer group is copied into one flat fp32 tensor beside the
+  gradients themselves: 4 / N more. Stage 1 first copies its partition out of the reduced gradients, before it
+  frees those: G + G / N, less what has passed through the bucket by then.
 - Offloaded states have fp32 gradients in host memory beside them; stage 3 keeps its gradients there, too, and
   stage 2, unless weights are bf16 and gradients fp32, adds microbatches up there. Stages 1 and 2 pass the new
   weights through a buffer there, and gradients through one of the largest parameter's size.
@@ -73,7 +74,7 @@ def host_bytes(config: Config, shapes: Shapes, dp_size: int) -> int:
         return fp32_gradients + BYTES[config.train.gradient_accumulation] * part
     staging = working * (part + max(map(math.prod, shapes.values())))
     is_added_up_there = stage == 2 and not is_mixed(config) and _buffers(config, dp_size) > 1
-    return fp32_gradients + staging + (working * part if is_added_up_there else 0)
+    return fp32_gradients + staging + (working * spanned_numel(shapes, dp_size) if is_added_up_there else 0)
 
 
 def is_mixed(config: Config) -> bool:

@@ -27,10 +27,10 @@ from distllm.plan.stages import Stage, pipeline_stages
 class RankMemory:
     """Bytes at the peak of a step. logits: of the loss, on the last stage.
 
-    gradients: beside the activations. optimizer_states: fp32 weights beside the working ones, and both moments.
-    update_copies: what the optimizer's update holds in gradients above the gradients, activations and logits
-    that are there before it. host: optimizer states, their gradients and staging buffers, in host memory where
-    `zero.offload_optimizer` puts them; not on the device then.
+    gradients: beside the activations. optimizer_states: fp32 weights beside the working ones, and both
+    moments. update_copies: what the optimizer's update holds in gradients above the gradients, activations
+    and logits that are there before it. host: optimizer states, their gradients and staging buffers, in host
+    memory where `zero.offload_optimizer` puts them; not on the device then.
     """
 
     weights: int
