@@ -145,7 +145,7 @@ class Zero:
     stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters.
     bucket_size: elements per gradient reduction (and, for stage 3, per prefetch).
     overlap_comm: reduce gradients while the backward pass goes on.
-    persistence_threshold: stage 3 keeps parameters of fewer elements than this unpartitioned.
+    persistence_threshold: stage 3 keeps parameters of at most this many elements unpartitioned.
     offload_optimizer: keep optimizer states and fp32 weights in host memory (stages 1 to 3).
     """
 

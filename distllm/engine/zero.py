@@ -175,7 +175,8 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
         "zero_force_ds_cpu_optimizer": False,  # our AdamW runs where the states are
     }
     if config.train.precision == "bf16":
-        result["bf16"] = {"enabled": True}
+        # BF16_Optimizer (stage 1) would keep all bf16 gradients beside their fp32 sums until the step.
+        result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation}
     return result
 

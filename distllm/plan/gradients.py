@@ -1,11 +1,9 @@
 """Gradients of one rank as they are really kept, which is more than the ZeRO paper counts. Pure.
 
 The paper (arXiv:1910.02054, table 1) has one gradient per parameter, partitioned from stage 2 on. DeepSpeed
-0.19.8 adds to that, as measured by tests/bench/memory.py (W: bytes of a working weight, G: of a gradient, N:
-data-parallel ranks; buckets and the gradient that is being computed are not counted):
+0.19.8 adds to that, as measured by tests/bench/memory.py (G: bytes of a gradient, N: data-parallel ranks;
+buckets and the gradient that is being computed are not counted):
 
-- Stage 1 with bf16 weights and fp32 gradients (BF16_Optimizer): the bf16 gradients of all parameters stay
-  beside the fp32 ones: W + G instead of G.
 - Stage 2, unless weights are bf16 and gradients fp32: gradients of a microbatch are collected in a buffer of
   their own before they are added to those of earlier microbatches: 2G / N instead of G / N. Parameters that
   the partition's ends cut through count whole. With interleaved chunks it also keeps zeros for those that a
@@ -36,8 +34,7 @@ def backward_gradients(config: Config, shapes: Shapes, dp_size: int) -> int:
     if stage == 0:
         return size * numel(shapes)
     if stage == 1:
-        beside = BYTES[config.train.precision] if _is_bf16_optimizer(config) else 0
-        return (size + beside) * numel(shapes)
+        return size * numel(shapes)
     if stage == 3:
         return 0 if config.zero.offload_optimizer else size * partition_numel(shapes, 3, dp_size)
     if is_mixed(config):
