@@ -185,9 +185,9 @@ def test_bf16_stage_1_writes_tied_gradients_where_they_are_read() -> None:
     """DeepSpeed's own setter writes a buffer that BF16_Optimizer does not read. bf16 has no exact reference,
     but the two copies of the embedding must stay replicas (asserted where a trace is put together)."""
     overrides = ("zero.stage=1", *PIPELINE, TIED, "train.precision=bf16")
-    run_ranks(2, trace, overrides, None)
+    run_ranks(4, trace, overrides, None)
     with pytest.raises(RanksFailedError, match="not close"):
-        run_ranks(2, trace_with_upstream_setter, overrides)
+        run_ranks(4, trace_with_upstream_setter, overrides)
 
 
 def trace_with_upstream_setter(rank: int, overrides: tuple[str, ...]) -> jobs.Trace:

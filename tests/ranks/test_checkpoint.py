@@ -221,7 +221,8 @@ def test_every_element_is_in_the_file_exactly_once(
         assert torch.equal(times, torch.ones_like(times)), name
         state = name.partition("/")[0]
         numel[state] = numel.get(state, 0) + sum(chunk.sizes.numel() for chunk in stored.chunks)
-    parameters = count_parameters(make_config().model, jobs.VOCAB_SIZE).total
+    model = make_config().model
+    parameters = count_parameters(model, model.padded_vocab_size(jobs.VOCAB_SIZE)).total
     assert numel == dict.fromkeys({"weight", *OPTIMIZER_STATES}, parameters)
 
 
@@ -285,12 +286,12 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(
 ) -> None:
     """With parameter and both shapes, before anything is overwritten, and on all ranks alike: under ZeRO
     some ranks hold nothing of the parameter that differs, and would go on alone."""
-    embedding = "embedding.word_embeddings.weight is (300, 64) there and (310, 64) here"
-    narrower = "embedding.word_embeddings.weight is (300, 64) there and (300, 32) here"
+    embedding = "embedding.word_embeddings.weight is (384, 64) there and (512, 64) here"
+    narrower = "embedding.word_embeddings.weight is (384, 64) there and (384, 32) here"
     added = "decoder.layers.4.input_layernorm.weight is not in the checkpoint"
     expected = {
-        (310, ("zero.stage=1", "model.tie_embeddings=true")): embedding,
-        (310, ("zero.stage=3",)): embedding,
+        (500, ("zero.stage=1", "model.tie_embeddings=true")): embedding,
+        (500, ("zero.stage=3",)): embedding,
         (300, ("zero.stage=2", "model.hidden_size=32")): narrower,
         (300, ("zero.stage=0", "model.num_layers=5")): added,
     }
