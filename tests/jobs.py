@@ -102,6 +102,17 @@ def train(engine: Engine, config: Config, steps: int, learning_rate: float | Non
     )
 
 
+def train_cases(rank: int, cases: list[tuple[str, ...]], steps: int = 10) -> list[Trace]:
+    """Several jobs in one start of the ranks; all ranks return the same."""
+    traces = []
+    for overrides in cases:
+        config = make_config(*overrides)
+        engine = build_engine(config)
+        traces.append(train(engine, config, steps))
+        finish(engine)
+    return traces
+
+
 # Of each piece: canonical name, global shape, boxes that it covers, its elements in flat order.
 Pieces = list[tuple[str, tuple[int, ...], list[Box], torch.Tensor]]
 

@@ -10,7 +10,6 @@ import jobs
 import pytest
 from harness import run_ranks
 
-STEPS = 10
 TIED = "model.tie_embeddings=true"
 SMALL_GPT2 = (
     "model=gpt2_124m",
@@ -53,19 +52,8 @@ MORE_LAYOUTS = {
 }
 
 
-def train_cases(rank: int, cases: list[tuple[str, ...]]) -> list[jobs.Trace]:
-    """Several jobs in one start of the ranks; all ranks return the same."""
-    traces = []
-    for overrides in cases:
-        config = jobs.make_config(*overrides)
-        engine = jobs.build_engine(config)
-        traces.append(jobs.train(engine, config, STEPS))
-        jobs.finish(engine)
-    return traces
-
-
 def single_process(*overrides: str) -> jobs.Trace:
-    (trace,) = run_ranks(1, train_cases, [("zero.stage=0", *overrides)])[0]
+    (trace,) = run_ranks(1, jobs.train_cases, [("zero.stage=0", *overrides)])[0]
     return trace
 
 
@@ -87,7 +75,7 @@ def check(
 ) -> None:
     cases = [(f"zero.stage={stage}", *layout, *model) for stage in stages for model in references]
     expected = [trace for _ in stages for trace in references.values()]
-    for rank_traces in run_ranks(world_size, train_cases, cases, deadline_seconds=240):
+    for rank_traces in run_ranks(world_size, jobs.train_cases, cases, deadline_seconds=240):
         for case, trace, reference in zip(cases, rank_traces, expected, strict=True):
             jobs.assert_traces_equal(trace, reference, f"{world_size} ranks, {' '.join(case)}")
 
@@ -148,6 +136,6 @@ def test_bf16(tie: str) -> None:
     reference = single_process(*bf16)
     for world_size, layout in (LAYOUTS["TP2xPP2"], LAYOUTS["DP2xPP2"], LAYOUTS["TP2+SP"]):
         cases = [(f"zero.stage={stage}", *layout, *bf16) for stage in (0, 1, 2, 3)]
-        for case, trace in zip(cases, run_ranks(world_size, train_cases, cases)[0], strict=True):
+        for case, trace in zip(cases, run_ranks(world_size, jobs.train_cases, cases)[0], strict=True):
             assert trace.losses == pytest.approx(reference.losses, rel=1e-3), case
             assert trace.grad_norms == pytest.approx(reference.grad_norms, rel=1e-2), case

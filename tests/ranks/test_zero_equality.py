@@ -9,24 +9,11 @@ import jobs
 import pytest
 from harness import run_ranks
 
-STEPS = 10
-
-
-def train_cases(rank: int, cases: list[tuple[str, ...]]) -> list[jobs.Trace]:
-    """Several jobs in one start of the ranks; all ranks return the same."""
-    traces = []
-    for overrides in cases:
-        config = jobs.make_config(*overrides)
-        engine = jobs.build_engine(config)
-        traces.append(jobs.train(engine, config, STEPS))
-        jobs.finish(engine)
-    return traces
-
 
 @pytest.fixture(scope="module")
 def reference() -> jobs.Trace:
     """The single process at stage 0, one microbatch a step."""
-    (trace,) = run_ranks(1, train_cases, [("zero.stage=0", "train.micro_batch_size=16")])[0]
+    (trace,) = run_ranks(1, jobs.train_cases, [("zero.stage=0", "train.micro_batch_size=16")])[0]
     return trace
 
 
@@ -43,7 +30,7 @@ def test_every_stage_and_accumulation(reference: jobs.Trace, world_size: int) ->
         for stage in (0, 1, 2, 3)
         for accumulation in (1, 2, 4)
     ]
-    traces = run_ranks(world_size, train_cases, cases, deadline_seconds=240)
+    traces = run_ranks(world_size, jobs.train_cases, cases, deadline_seconds=240)
     for rank_traces in traces:
         for case, trace in zip(cases, rank_traces, strict=True):
             jobs.assert_traces_equal(trace, reference, f"{world_size} ranks, {' '.join(case)}")
@@ -59,7 +46,7 @@ def test_overlapped_reduction_and_many_small_buckets(reference: jobs.Trace) -> N
         )
         for stage in (1, 2, 3)
     ]
-    for case, trace in zip(cases, run_ranks(2, train_cases, cases)[1], strict=True):
+    for case, trace in zip(cases, run_ranks(2, jobs.train_cases, cases)[1], strict=True):
         jobs.assert_traces_equal(trace, reference, " ".join(case))
 
 
@@ -67,7 +54,7 @@ def test_bf16_follows_fp32(reference: jobs.Trace) -> None:
     """bf16 keeps 8 bits of a value: a logit of size 1 is off by up to 2^-9 = 2e-3, and so is the loss, which
     averages such errors over tokens; after ten updates it is still within 1% (measured: 0.1%)."""
     cases = [(f"zero.stage={stage}", "train.precision=bf16") for stage in (0, 1, 2, 3)]
-    for case, trace in zip(cases, run_ranks(2, train_cases, cases)[0], strict=True):
+    for case, trace in zip(cases, run_ranks(2, jobs.train_cases, cases)[0], strict=True):
         assert trace.losses == pytest.approx(reference.losses, rel=1e-2), case
         # From one pass over equal weights; later norms belong to weights that went their own ways.
         assert trace.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=2e-2), case
@@ -78,7 +65,7 @@ def test_no_clipping(reference: jobs.Trace) -> None:
     cases = [
         (f"zero.stage={stage}", "optimizer.clip_grad=0", "train.micro_batch_size=8") for stage in (0, 1, 2, 3)
     ]
-    traces = run_ranks(2, train_cases, cases)[0]
+    traces = run_ranks(2, jobs.train_cases, cases)[0]
     for case, trace in zip(cases, traces, strict=True):
         jobs.assert_traces_equal(trace, traces[0], " ".join(case))
     assert traces[0].losses[1:] != pytest.approx(reference.losses[1:], rel=1e-4)
