@@ -1,20 +1,24 @@
-"""Fragments in and out of `torch.distributed.checkpoint` (DCP), torch 2.11 to 2.13.
+"""The file format of `torch.distributed.checkpoint` (DCP), torch 2.11 to 2.13: plain PyTorch reads it.
 
-A file holds global tensors, "<state>/<canonical name>" with state "weight" or the optimizer's own word, cut
-into the boxes that ranks happened to hold. Plain DCP tools read it. Traps of DCP, each met below: its look-up
-takes tensors only, it removes duplicates that should be errors, its load ignores holes and casts silently.
+A module's folder holds DCP's `.metadata`: global shapes, boxes, and for each box where its bytes lie in one
+of the shards. Only the format is DCP's. Its planners gather the list of all pieces on one rank, its reader
+loads a whole piece for every box that is wanted of it, and its load ignores holes and casts silently.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import mmap
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -22,143 +26,144 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from distllm.config.problems import user_error
-from distllm.layout.fragment import Fragment
-from distllm.layout.place import Box, Place, Shape
+from distllm.checkpoint.pieces import Piece
+from distllm.layout.place import Box, Shape
+
+METADATA = ".metadata"
+Buffer = bytearray | mmap.mmap
 
 
-@dataclass
-class Pieces:
-    """What this rank holds of one global tensor: boxes, each a view of live memory. Not a Tensor on purpose:
-    DCP would take a Tensor for the whole."""
+class Writer(Protocol):
+    """A file that is written forward."""
 
+    def write(self, data: Any) -> int: ...
+
+    def tell(self) -> int: ...
+
+    def flush(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where one piece was written: `length` bytes of `file` from `offset`."""
+
+    state: str
+    name: str
     global_shape: Shape
     dtype: torch.dtype
-    views: list[tuple[Box, Tensor]] = field(default_factory=list)
+    box: Box
+    file: str
+    offset: int
+    length: int
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in self.views]
 
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, torch.Size(self.global_shape)),
+def write_pieces(stream: Writer, file: str, pieces: Iterable[Piece]) -> list[Record]:
+    """Append each piece to `stream`, which is called `file` in the records."""
+    records = []
+    for piece in pieces:
+        offset = stream.tell()
+        torch.save(_alone(piece.view), stream)  # type: ignore[arg-type]  # it only writes
+        length = stream.tell() - offset
+        records.append(
+            Record(
+                piece.state, piece.name, piece.global_shape, piece.view.dtype, piece.box, file, offset, length
             )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(view for box, view in self.views if torch.Size(box.offsets) == index.offset)
-
-    def size(self) -> torch.Size:
-        return torch.Size(self.global_shape)
-
-
-def pieces_of(fragments: Iterable[Fragment]) -> dict[str, Pieces]:
-    """{"<state>/<name>": what this rank holds of it}."""
-    result: dict[str, Pieces] = {}
-    for fragment in fragments:
-        boxes = fragment.place.boxes(fragment.start, fragment.stop)
-        for state, flat in fragment.tensors.items():
-            key = f"{state}/{fragment.place.name}"
-            pieces = result.setdefault(key, Pieces(fragment.place.global_shape, flat.dtype))
-            begin = 0
-            for box in boxes:
-                view = flat.narrow(0, begin, box.numel).view(box.sizes)
-                pieces.views.append((box, view))
-                begin += box.numel
-    return result
-
-
-class SavePlanner(DefaultSavePlanner):
-    """Writes what `Fragment.writer` says, each byte once."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def _dedup_save_plans(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans  # one writer per box is our rule; a duplicate must fail DCP's validation, not vanish
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """Reads every element that this rank holds, or fails."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        # The default copies the state dict and expects tensors in it.
-        self.original_state_dict = self.state_dict = state_dict
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        plan: LoadPlan = super().create_local_plan()
-        _assert_covered(self.state_dict, plan.items)
-        return plan
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        shard: Tensor = self.state_dict[index.fqn].__get_tensor_shard__(index)
-        return shard
-
-
-def stored_states(metadata: Metadata) -> dict[str, torch.dtype]:
-    """{optimizer state: dtype} of a checkpoint, the weights left out."""
-    states = {
-        key.split("/", 1)[0]: stored.properties.dtype
-        for key, stored in metadata.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata)
-    }
-    states.pop("weight", None)
-    return states
-
-
-def refuse_other_model(metadata: Metadata, places: Iterable[Place], path: str) -> None:
-    """A checkpoint of another model is refused with the differences, before anything is overwritten.
-
-    places: of all parameters, also of those that this rank holds no fragment of: who refuses alone leaves the
-    other ranks waiting.
-    """
-    stored: Mapping[str, Any] = metadata.state_dict_metadata
-    differences = []
-    for place in places:
-        entry = stored.get(f"weight/{place.name}")
-        if entry is None:
-            differences.append(f"{place.name} is not in the checkpoint")
-        elif tuple(entry.size) != place.global_shape:
-            differences.append(f"{place.name} is {tuple(entry.size)} there and {place.global_shape} here")
-    if differences:
-        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if differences[5:] else "")
-        raise user_error(
-            "checkpoint.resume",
-            path,
-            f"the checkpoint must be of the same model and vocabulary, but {shown}",
-            "take the model and tokenizer that the checkpoint was made with, or another run.dir",
         )
+    return records
 
 
-def _assert_covered(wanted: Mapping[str, Pieces], reads: Iterable[ReadItem]) -> None:
-    missing = {key: sum(math.prod(box.sizes) for box, _ in pieces.views) for key, pieces in wanted.items()}
-    for read in reads:
-        assert read.type == LoadItemType.TENSOR, f"{read.dest_index.fqn} is no tensor in the checkpoint"
-        missing[read.dest_index.fqn] -= math.prod(read.lengths)
-    holes = [key for key, numel in missing.items() if numel]
-    assert not holes, f"the checkpoint does not cover {holes[:3]} and {max(0, len(holes) - 3)} more"
+def write_metadata(stream: Writer, records: Sequence[Record]) -> None:
+    """DCP's description of one module from the records of all ranks; they must cover each tensor once."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for record in records:
+        key = f"{record.state}/{record.name}"
+        tensor = tensors.get(key) or TensorStorageMetadata(
+            TensorProperties(dtype=record.dtype), torch.Size(record.global_shape), []
+        )
+        tensors[key] = tensor
+        index = MetadataIndex(key, record.box.offsets, index=len(tensor.chunks))
+        assert index not in places, f"{key} was written twice at {record.box.offsets}"
+        places[index] = _StorageInfo(record.file, record.offset, record.length)
+        tensor.chunks.append(_chunk(record.box))
+    for key, tensor in tensors.items():
+        written = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        assert written == math.prod(tensor.size), f"{written} of {math.prod(tensor.size)} elements of {key}"
+    pickle.dump(Metadata(tensors, storage_data=places, version=CURRENT_DCP_VERSION), stream)  # type: ignore[arg-type]
+
+
+def read_metadata(stream: BinaryIO) -> Metadata:
+    metadata: Metadata = pickle.load(stream)
+    return metadata
+
+
+def read_pieces(metadata: Metadata, pieces: Sequence[Piece], shard: Callable[[str], Buffer]) -> None:
+    """Fill the pieces of one module in place, or fail if the file does not hold every element of them.
+
+    shard: name of a file, as in the metadata -> its content.
+    """
+    for piece in pieces:
+        stored = metadata.state_dict_metadata.get(piece.key)
+        assert isinstance(stored, TensorStorageMetadata), f"{piece.key} is not in the checkpoint"
+        assert tuple(stored.size) == piece.global_shape, f"{piece.key} is {tuple(stored.size)} there"
+        num_read = 0
+        for item in create_read_items_for_chunk_list(piece.key, stored, [_chunk(piece.box)]):
+            info: _StorageInfo = metadata.storage_data[item.storage_index]
+            assert item.storage_index.index is not None, "the reads of DCP say which chunk they come from"
+            sizes = stored.chunks[item.storage_index.index].sizes
+            source = _saved_tensor(shard(info.relative_path), info, stored.properties.dtype, sizes)
+            target = narrow_tensor_by_index(piece.view, item.dest_offsets, item.lengths)
+            target.copy_(narrow_tensor_by_index(source, item.storage_offsets, item.lengths))
+            num_read += math.prod(item.lengths)
+        assert num_read == piece.box.numel, f"the checkpoint does not cover {piece.key}"
+
+
+def _saved_tensor(content: Buffer, info: _StorageInfo, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
+    """The tensor that `torch.save` wrote there, as a view of `content`: only what is used of it is read."""
+    archive = zipfile.ZipFile(_Part(content, info.offset, info.length))  # type: ignore[arg-type]
+    entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+    # A local header of 30 bytes, a name and an extra field whose lengths it ends with, then the bytes.
+    header = info.offset + entry.header_offset
+    name_length = int.from_bytes(content[header + 26 : header + 28], "little")
+    extra_length = int.from_bytes(content[header + 28 : header + 30], "little")
+    numel = math.prod(sizes)
+    assert entry.file_size == numel * dtype.itemsize, "a piece of another size than its metadata says"
+    begin = header + 30 + name_length + extra_length
+    return torch.frombuffer(content, dtype=dtype, count=numel, offset=begin).view(*sizes)
+
+
+class _Part:
+    """A part of a buffer as a file for `zipfile`."""
+
+    def __init__(self, content: Buffer, begin: int, length: int) -> None:
+        self._content, self._begin, self._length, self._position = content, begin, length, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = (0, self._position, self._length)[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        left = self._length - self._position
+        size = left if size < 0 else min(size, left)
+        begin = self._begin + self._position
+        self._position += size
+        return bytes(self._content[begin : begin + size])
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+
+
+def _alone(view: Tensor) -> Tensor:
+    """The tensor in host memory, with a storage of its own: `torch.save` writes the whole of a storage."""
+    tensor = view.detach().cpu().contiguous()
+    is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return tensor.clone() if is_part else tensor

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distllm.checkpoint.store import MANIFEST, find_damage
+from distllm.checkpoint.manifest import MANIFEST, find_damage
+from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.config.problems import user_error
 from distllm.config.schema import Checkpoint
 
@@ -18,11 +19,14 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def list_checkpoints(folder: Path, storage: Storage = LOCAL) -> list[Path]:
     """Complete checkpoints, oldest first. A folder without a manifest is a save that was cut short."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+    found = [p for p in storage.ls(folder) if NAME.fullmatch(p.name) and storage.is_file(p / MANIFEST)]
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -34,57 +38,55 @@ class Choice:
     damaged: tuple[str, ...] = ()
 
 
-def choose_checkpoint(folder: Path, settings: Checkpoint) -> Choice:
-    """The checkpoint that `checkpoint.resume` names: the newest good one, none, or a given one."""
+def candidates(folder: Path, settings: Checkpoint) -> list[Path]:
+    """What `checkpoint.resume` allows to start from, best first; empty for a fresh start."""
     existing = list_checkpoints(folder)
-    if settings.resume == "never":
-        if existing:
-            raise user_error(
-                "checkpoint.resume",
-                "never",
-                f"a fresh start needs a run.dir without checkpoints, and {folder} holds {len(existing)}",
-                "choose another run.dir, or resume=auto",
-            )
-        return Choice(None)
-    if settings.resume != "auto":
-        path = Path(settings.resume)
-        if existing:  # resuming from elsewhere is a start; a restart of that job goes on with its own
-            return _newest_good(existing)
-        if damage := find_damage(path):
-            raise user_error(
-                "checkpoint.resume",
-                path,
-                f"a complete checkpoint is needed, but {damage}",
-                "name another one",
-            )
-        return Choice(path)
-    return _newest_good(existing)
+    if settings.resume == "never" and existing:
+        raise user_error(
+            "checkpoint.resume",
+            "never",
+            f"a fresh start needs a run.dir without checkpoints, and {folder} holds {len(existing)}",
+            "choose another run.dir, or resume=auto",
+        )
+    if settings.resume in ("auto", "never") or existing:
+        # Resuming from elsewhere is a start; a restart of that job goes on with its own checkpoints.
+        return existing[::-1]
+    return [Path(settings.resume).expanduser()]
 
 
-def remove_old(newest: Path, keep: int) -> None:
-    """Keep `keep` checkpoints up to `newest`, which was just written; drop older ones and unfinished saves.
-
-    Of later steps there can only be damaged ones: they do not count, and stay until they are replaced.
-    """
-    folder = newest.parent
-    for path in [path for path in list_checkpoints(folder) if path.name <= newest.name][:-keep]:
-        shutil.rmtree(path)
-    for path in folder.glob("step_*.tmp"):
-        shutil.rmtree(path)
-
-
-def _newest_good(existing: list[Path]) -> Choice:
+def choose(paths: Sequence[Path], find_damage: Callable[[Path], str | None] = find_damage) -> Choice:
+    """The first good one of `paths`. A user error where there are some and none is good."""
     damaged: list[str] = []
-    for path in reversed(existing):
+    for path in paths:
         damage = find_damage(path)
         if damage is None:
             return Choice(path, tuple(damaged))
         damaged.append(f"{path.name}: {damage}")
     if damaged:
         raise user_error(
-            "run.dir",
-            existing[0].parent,
-            "none of its checkpoints is good: " + "; ".join(damaged),
-            "move them away to start afresh, or restore them",
+            "checkpoint",
+            paths[0].parent,
+            "a complete checkpoint is needed, and none is good: " + "; ".join(damaged),
+            "restore one, name another with checkpoint.resume=PATH and a new run.dir, or move them away "
+            "to start afresh",
         )
     return Choice(None)
+
+
+def remove_old(newest: Path, settings: Checkpoint, storage: Storage = LOCAL) -> list[Path]:
+    """Drop what retention does not keep, and unfinished saves; `newest` is known to be good.
+
+    `settings.keep` checkpoints up to `newest` stay, and for good those of every `settings.keep_every` steps.
+    Of later steps there can only be damaged ones: they do not count, and stay until they are replaced.
+    """
+    folder = newest.parent
+    counted = [path for path in list_checkpoints(folder, storage) if path.name <= newest.name]
+    removed = [path for path in counted[: -settings.keep] if not is_kept_for_good(path, settings)]
+    removed += [path for path in storage.ls(folder) if re.fullmatch(r"step_\d{8}\.tmp", path.name)]
+    for path in removed:
+        storage.rm(path)
+    return removed
+
+
+def is_kept_for_good(path: Path, settings: Checkpoint) -> bool:
+    return settings.keep_every > 0 and step_of(path) % settings.keep_every == 0

@@ -1,180 +1,217 @@
-"""One checkpoint on disk: written whole or not at all, and verified before it is believed.
+"""One checkpoint on disk: written whole or not at all, by all ranks in parallel, each byte once.
 
-The folder is written as `<name>.tmp`; its manifest, with size and hash of every file, comes last; then the
-folder is renamed. So a folder without a manifest does not exist for us, whenever the job was killed.
+    step_00000020.tmp/            becomes step_00000020 once everything in it is durable
+      shards/rank_00003.distcp    what rank 3 wrote
+      tensors/<module>/.metadata  where the pieces of a module lie (a DCP folder)
+      tokenizer/...               and other attachments
+      manifest.json               written last, with size and hash of every other file
+
+A module's metadata is put together on one rank of its pipeline stage, another for each module, and read one
+module at a time: no rank ever holds the list of all pieces, which has millions of entries for a large job.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import xxhash
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
 
-from distllm.checkpoint.dcp import LoadPlanner, SavePlanner, pieces_of
+from distllm.checkpoint.dcp import METADATA, Buffer, Record, read_metadata, read_pieces, write_metadata
+from distllm.checkpoint.dcp import write_pieces as write_records
+from distllm.checkpoint.integrity import FileRecord, create_hashed
+from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, to_text
+from distllm.checkpoint.pieces import WEIGHT, Piece, module_of, pieces_of
+from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.layout.fragment import Fragment
+from distllm.layout.place import Shape
+from distllm.layout.save_groups import SaveGroups
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-READ_BYTES = 8 << 20
+T = TypeVar("T")
+TENSORS, SHARDS = "tensors", "shards"
+DEFAULT_GROUPS = SaveGroups()
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """bytes: size of the file. xxh3_128: hash of its content."""
-
-    bytes: int
-    xxh3_128: str
+class SaveFailedError(Exception):
+    """A checkpoint could not be written; raised on all ranks, with the first failing rank and its error."""
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself. `details`: whatever the trainer puts beside the tensors, as JSON."""
+class Contents:
+    """What a checkpoint holds beside the tensors; attachments: {path in its folder: content}."""
 
-    format_version: int
     step: int
-    scalars: dict[str, float]
-    details: dict[str, Any]
-    files: dict[str, FileRecord]
+    scalars: Mapping[str, float]
+    details: Mapping[str, Any]
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class _Described:
+    """What one rank tells rank 0 for the manifest."""
+
+    tensors: dict[str, Shape] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def add(self, other: _Described) -> None:
+        self.tensors |= other.tensors
+        self.states |= other.states
+        self.files |= other.files
 
 
 def write_checkpoint(
-    path: Path, fragments: list[Fragment], *, step: int, scalars: dict[str, float], details: dict[str, Any]
+    path: Path,
+    fragments: Iterable[Fragment],
+    *,
+    step: int,
+    scalars: Mapping[str, float],
+    details: Mapping[str, Any],
+    attachments: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Collective. Afterwards `path` is a complete checkpoint; before that it does not exist."""
-    temporary = path.with_name(path.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a kill; DCP would mix its files with ours
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    file_system = _HashingFileSystem()
-    writer = FileSystemWriter(temporary, sync_files=True)
-    writer.fs = file_system
-    dcp.save(
-        pieces_of(fragment for fragment in fragments if fragment.writer),
-        storage_writer=writer,
-        planner=SavePlanner(),
+    """Write what the fragments hold now. Collective; see `write_pieces`."""
+    pieces = pieces_of(fragment for fragment in fragments if fragment.writer)
+    write_pieces(path, pieces, Contents(step, scalars, details, attachments or {}))
+
+
+def write_pieces(
+    path: Path,
+    pieces: Sequence[Piece],
+    contents: Contents,
+    groups: SaveGroups = DEFAULT_GROUPS,
+    storage: Storage = LOCAL,
+) -> None:
+    """Write this rank's pieces as its part of the checkpoint. Collective over `groups.world`.
+
+    Afterwards `path` is a complete checkpoint; before that, and after a SaveFailedError, it is what it was.
+    """
+    rank, temporary = dist.get_rank(), path.with_name(path.name + ".tmp")
+    try:
+        attached = _together(groups, lambda: _open_folder(temporary, contents, storage) if rank == 0 else {})
+        records, described = _together(groups, lambda: _write_shard(temporary, rank, pieces, storage))
+        described.files |= attached
+        modules = _gather_by_module(records, groups)
+        described.add(_together(groups, lambda: _write_modules(temporary, modules, storage)))
+        everyone: list[_Described] | None = [described] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(described, everyone, dst=0, group=groups.world)
+        _together(groups, lambda: _commit(temporary, path, contents, everyone, storage) if everyone else None)
+    except SaveFailedError:
+        if rank == 0:
+            with suppress(OSError):  # what is left is not taken for a checkpoint, and goes with the next save
+                storage.rm(temporary)
+        raise
+
+
+def read_tensors(path: Path, fragments: Iterable[Fragment], storage: Storage = LOCAL) -> None:
+    """Fill the fragments' tensors in place from the checkpoint at `path`; every rank for itself."""
+    by_module: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces_of(fragments):
+        by_module[module_of(piece.name)].append(piece)
+    for module, pieces in by_module.items():
+        with storage.read(path / TENSORS / module / METADATA) as stream:
+            metadata = read_metadata(stream)
+        with ExitStack() as opened:
+
+            @cache
+            def shard(file: str, opened: ExitStack = opened) -> Buffer:
+                return opened.enter_context(storage.map(path / SHARDS / Path(file).name))
+
+            read_pieces(metadata, pieces, shard)
+
+
+def _together(groups: SaveGroups, work: Callable[[], T]) -> T:
+    """Do `work` on every rank; if it fails on one, all of them raise."""
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, RuntimeError) as caught:  # torch.save makes a RuntimeError of a full disk
+        error = f"rank {dist.get_rank()}: {caught!r}"
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=groups.world)
+    if failed := [error for error in errors if error]:
+        raise SaveFailedError(failed[0])
+    return result  # type: ignore[return-value]
+
+
+def _open_folder(folder: Path, contents: Contents, storage: Storage) -> dict[str, FileRecord]:
+    """An empty folder with the attachments."""
+    storage.rm(folder)  # left by a kill
+    storage.makedirs(folder / SHARDS)
+    records = {}
+    for name, content in contents.attachments.items():
+        storage.makedirs((folder / name).parent)
+        with create_hashed(storage, folder / name) as stream:
+            stream.write(content)
+        records[name] = stream.record
+    return records
+
+
+def _write_shard(
+    folder: Path, rank: int, pieces: Sequence[Piece], storage: Storage
+) -> tuple[list[Record], _Described]:
+    if not pieces:
+        return [], _Described()
+    file = f"{SHARDS}/rank_{rank:05}.distcp"
+    with create_hashed(storage, folder / file) as stream:
+        records = write_records(stream, f"../../{file}", pieces)
+    return records, _Described(files={file: stream.record})
+
+
+def _gather_by_module(records: Sequence[Record], groups: SaveGroups) -> dict[str, list[Record]]:
+    """All ranks' records of the modules that this rank describes. Collective over `groups.stage`."""
+    mine: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        mine[module_of(record.name)].append(record)
+    size, rank = dist.get_world_size(groups.stage), dist.get_rank(groups.stage)
+    names: list[list[str]] = [[]] * size
+    dist.all_gather_object(names, list(mine), group=groups.stage)
+    gathered = {}
+    for index, module in enumerate(sorted(set().union(*names))):
+        describes = index % size
+        parts: list[list[Record]] | None = [[]] * size if rank == describes else None
+        dist.gather_object(mine[module], parts, group=groups.stage, group_dst=describes)
+        if parts is not None:
+            gathered[module] = [record for part in parts for record in part]
+    return gathered
+
+
+def _write_modules(folder: Path, modules: Mapping[str, Sequence[Record]], storage: Storage) -> _Described:
+    described = _Described()
+    for module, records in modules.items():
+        file = f"{TENSORS}/{module}/{METADATA}"
+        storage.makedirs((folder / file).parent)
+        with create_hashed(storage, folder / file) as stream:
+            write_metadata(stream, records)
+        described.files[file] = stream.record
+        for record in records:
+            described.tensors[record.name] = record.global_shape
+            if record.state != WEIGHT:
+                described.states[record.state] = str(record.dtype).removeprefix("torch.")
+    return described
+
+
+def _commit(
+    temporary: Path, path: Path, contents: Contents, everyone: Iterable[_Described], storage: Storage
+) -> None:
+    """The manifest, and then the folder's name."""
+    total = _Described()
+    for part in everyone:
+        total.add(part)
+    manifest = Manifest(
+        FORMAT_VERSION,
+        contents.step,
+        dict(contents.scalars),
+        dict(contents.details),
+        total.tensors,
+        total.states,
+        total.files,
     )
-    records = _gather(file_system.records)
-    if dist.get_rank() == 0:
-        manifest = Manifest(FORMAT_VERSION, step, scalars, details, records)
-        _write_durably(temporary / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        _sync_folder(temporary)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one that the start has passed over
-        os.rename(temporary, path)
-        _sync_folder(path.parent)
-    dist.barrier()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint; OSError, ValueError or KeyError where there is none that makes sense."""
-    raw = json.loads((path / MANIFEST).read_text())
-    if raw["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {raw['format_version']}, this program reads {FORMAT_VERSION}")
-    files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-    return Manifest(raw["format_version"], raw["step"], raw["scalars"], raw["details"], files)
-
-
-def find_damage(path: Path) -> str | None:
-    """Read all of a checkpoint and say what is wrong with it; None means it is good."""
-    try:
-        manifest = read_manifest(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error!r}"
-    for name, record in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name}: is missing"
-        if file.stat().st_size != record.bytes:
-            return f"{name}: has {file.stat().st_size} bytes, was written with {record.bytes}"
-        if _hash_file(file) != record.xxh3_128:
-            return f"{name}: its content was altered"
-    return None
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Names, shapes and types of the tensors of a checkpoint."""
-    return dcp.FileSystemReader(path).read_metadata()
-
-
-def read_tensors(path: Path, fragments: list[Fragment]) -> None:
-    """Fill the fragments' tensors in place from the checkpoint at `path`. Collective."""
-    dcp.load(pieces_of(fragments), storage_reader=dcp.FileSystemReader(path), planner=LoadPlanner())
-
-
-class _HashingFileSystem(FileSystem):
-    """DCP's file system that hashes what it writes; DCP itself has no checksums."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            if mode != "wb":
-                yield stream
-                return
-            hashing = _HashingStream(stream)
-            yield hashing
-            name = os.path.basename(str(path)).removesuffix(".tmp")  # DCP writes its metadata beside its name
-            self.records[name] = FileRecord(hashing.num_bytes, hashing.hash.hexdigest())
-
-
-class _HashingStream:
-    """A write-only stream; torch.save and DCP write strictly forward, so a running hash is enough."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.hash = xxhash.xxh3_128()
-        self.num_bytes = 0
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        self.num_bytes += memoryview(data).nbytes
-        written: int = self._stream.write(data)
-        return written
-
-    def seek(self, *_: Any) -> None:
-        raise RuntimeError("a checkpoint file is written strictly forward")
-
-    def __getattr__(self, name: str) -> Any:  # tell, flush, fileno
-        return getattr(self._stream, name)
-
-
-def _gather(records: dict[str, FileRecord]) -> dict[str, FileRecord]:
-    per_rank: list[dict[str, FileRecord]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(per_rank, records)
-    return {name: record for part in per_rank for name, record in sorted(part.items())}
-
-
-def _hash_file(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as stream:
-        while data := stream.read(READ_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with open(file, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with storage.create(temporary / MANIFEST) as stream:
+        stream.write(to_text(manifest).encode())
+    storage.rm(path)  # a damaged one that the start has passed over
+    storage.mv(temporary, path)

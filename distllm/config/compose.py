@@ -170,7 +170,7 @@ def assignment(setting: str, value: str) -> str:
 def to_yaml(config: Config) -> str:
     """The resolved config, for `config.yaml` in the run directory."""
     # Characters beyond ASCII stay escaped: YAML folds some of them (U+0085, U+2028) into a space.
-    return yaml.safe_dump(_as_json(config), sort_keys=False)
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
 def from_yaml(text: str) -> Config:
@@ -181,12 +181,14 @@ def from_yaml(text: str) -> Config:
 
 def config_hash(config: Config) -> str:
     """Equal configs have equal hashes, in every process and on every machine."""
-    canonical = json.dumps(_as_json(config), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(to_plain(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _as_json(config: Config) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def to_plain(config: Config) -> dict[str, dict[str, Any]]:
+    """{section: {setting: JSON value}}, the form in which a config is stored."""
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
 
 
 def _main_directory(request: Request) -> Path:

@@ -144,6 +144,14 @@ def _validation(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("train.validation_interval", interval, rule, fix)
 
 
+def _kept_checkpoints(config: Config, _: int) -> Iterator[Problem]:
+    interval, every = config.checkpoint.interval, config.checkpoint.keep_every
+    if every and (interval == 0 or every % interval):
+        rule = f"must be a multiple of checkpoint.interval={interval}, or no such checkpoint is ever written"
+        fix = f"checkpoint.keep_every={max(every // interval, 1) * interval if interval else 0}"
+        yield Problem("checkpoint.keep_every", every, rule, fix)
+
+
 def _gradient_accumulation(config: Config, _: int) -> Iterator[Problem]:
     kind, precision = config.train.gradient_accumulation, config.train.precision
     if kind == "bf16" and precision != "bf16":
@@ -249,6 +257,7 @@ _TRAIN_RULES: tuple[Rule, ...] = (
     _schedule_minimum,
     _validation,
     _gradient_accumulation,
+    _kept_checkpoints,
 )
 # Each verb answers for the sections that it uses: `generate` takes the model from its checkpoint.
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -211,12 +211,19 @@ class Train:
 class Checkpoint:
     """interval: steps between saves, 0 means never (not even at the end). keep: how many of the newest stay.
 
+    keep_every: checkpoints of every so many steps stay for good; 0 means none.
+    async_save: training stands still only for the copy to host memory, which takes as many bytes there as the
+        rank writes; the write goes on in the background.
+    timeout_seconds: within which the slowest rank must have written its part after the fastest.
     resume: `auto` takes the newest checkpoint of `run.dir`, `never` refuses a `run.dir` that holds one, a
         path starts from that checkpoint folder.
     """
 
     interval: NonNegativeInt
     keep: PositiveInt
+    keep_every: NonNegativeInt
+    async_save: bool
+    timeout_seconds: PositiveInt
     resume: str
 
 

@@ -47,12 +47,12 @@ class Batches:
         return np.stack(windows).astype(np.int64)
 
     def microbatches(
-        self, step: int, dp_rank: int, *, global_batch_size: int, micro_batch_size: int, dp_size: int
+        self, first_sample: int, dp_rank: int, *, global_batch_size: int, micro_batch_size: int, dp_size: int
     ) -> Iterator[np.ndarray]:
         """What one data-parallel rank reads in one step: int64 [micro_batch_size, seq_length + 1] each."""
         for microbatch in range(global_batch_size // (micro_batch_size * dp_size)):
             samples = microbatch_samples(
-                step,
+                first_sample,
                 microbatch,
                 dp_rank,
                 global_batch_size=global_batch_size,
@@ -63,12 +63,18 @@ class Batches:
 
 
 def microbatch_samples(
-    step: int, microbatch: int, dp_rank: int, *, global_batch_size: int, micro_batch_size: int, dp_size: int
+    first_sample: int,
+    microbatch: int,
+    dp_rank: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_size: int,
 ) -> range:
-    """Global sample numbers of one microbatch; steps (updates done before), microbatches, ranks start at 0.
+    """Global sample numbers of one microbatch of the step that begins with `first_sample`; all count from 0.
 
-    Over all ranks and microbatches, step s reads range(s * global_batch_size, (s + 1) * global_batch_size),
-    each sample once, whatever dp_size is: so a run can go on with another number of ranks.
+    Over all ranks and microbatches the step reads range(first_sample, first_sample + global_batch_size), each
+    sample once, whatever dp_size is: so a run can go on with another number of ranks.
     """
     samples_per_microbatch = micro_batch_size * dp_size  # over all data-parallel ranks
     assert global_batch_size % samples_per_microbatch == 0, (
@@ -78,5 +84,5 @@ def microbatch_samples(
     assert 0 <= microbatch < global_batch_size // samples_per_microbatch, (
         f"no microbatch {microbatch} in a step"
     )
-    first = step * global_batch_size + microbatch * samples_per_microbatch + dp_rank * micro_batch_size
+    first = first_sample + microbatch * samples_per_microbatch + dp_rank * micro_batch_size
     return range(first, first + micro_batch_size)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distllm.engine.pipeline import Microbatch, all_logits, loss_sums, train_loss
+from distllm.engine.tied import copy_from_first_stage
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
@@ -28,7 +29,12 @@ class Engine(ABC):
     """Weights, gradients and optimizer of this rank. Every method is called on all ranks alike.
 
     chunks: what the schedule calls, one module per model chunk of this rank. places: of all parameters.
+    tied: this rank's copy of an embedding that is tied across stages. is_split: a parameter's fp32 weights
+    and optimizer states are shared out over the data-parallel ranks.
     """
+
+    tied: nn.Parameter | None
+    is_split: bool
 
     def __init__(
         self, chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], groups: Groups
@@ -61,6 +67,23 @@ class Engine(ABC):
         self._set_training(True)
         return logits
 
+    def before_save(self) -> None:
+        """Make what a checkpoint holds once equal wherever it is held, so that a resume changes nothing."""
+        if self.tied is None:
+            return
+        place = self.places[self.tied]
+        fragments = [fragment for fragment in self.fragments() if fragment.place is place]
+        copy_from_first_stage(
+            place,
+            fragments,
+            {"weight": torch.float32} | self.states(),
+            is_split=self.is_split,
+            groups=self.groups,
+            device=self.device,
+        )
+        if self.groups.is_last_stage:
+            self.after_load(self.scalars())
+
     def _set_training(self, mode: bool) -> None:
         for chunk in self.chunks:
             chunk.train(mode)
@@ -76,6 +99,10 @@ class Engine(ABC):
     @abstractmethod
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
         """Live views of all that a checkpoint holds; `create_states` makes missing optimizer states first."""
+
+    @abstractmethod
+    def states(self) -> dict[str, torch.dtype]:
+        """The optimizer's states per element, by its own words, with their types; none before a step."""
 
     @abstractmethod
     def scalars(self) -> dict[str, float]:

@@ -27,6 +27,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class ReplicatedEngine(Engine):
     """Gradients in one flat buffer, reduced once per step; bf16 weights have fp32 masters."""
 
+    is_split = False
+
     def __init__(
         self,
         chunks: Sequence[nn.Module],
@@ -112,6 +114,15 @@ class ReplicatedEngine(Engine):
                 )
             )
         return fragments
+
+    def states(self) -> dict[str, torch.dtype]:
+        masters = self.optimizer.state.items()
+        return {
+            name: value.dtype
+            for master, state in masters
+            for name, value in state.items()
+            if value.shape == master.shape and name != "step"
+        }
 
     def scalars(self) -> dict[str, float]:
         steps = {float(state["step"]) for state in self.optimizer.state.values()}

@@ -36,6 +36,8 @@ from distllm.layout.place import Place
 class ZeroEngine(Engine):
     """A DeepSpeed engine driven by Megatron's schedules."""
 
+    is_split = True
+
     def __init__(
         self,
         chunks: Sequence[nn.Module],
@@ -134,6 +136,14 @@ class ZeroEngine(Engine):
 
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
         return zero_fragments(self.zero_optimizer, self.places, create_states or {})
+
+    def states(self) -> dict[str, torch.dtype]:
+        return {
+            name: value.dtype
+            for owner, state in state_owners(self.zero_optimizer)
+            for name, value in state.items()
+            if value.shape == owner.shape and name != "step"
+        }
 
     def scalars(self) -> dict[str, float]:
         steps = {float(state["step"]) for _, state in state_owners(self.zero_optimizer) if "step" in state}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,36 @@ def append_line(path: Path, row: Mapping[str, object]) -> None:
         if size:
             file.seek(size - 1)
             line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
+        written = file.write(line)
+        if written != len(line):  # a disk that is almost full takes a part, without an error
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+class PatientLines:
+    """Appends rows to a file, and keeps those that the disk does not take until it does.
+
+    warn: told when the disk begins to refuse rows.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path = path
+        self._warn = warn
+        self._waiting: list[Mapping[str, object]] = []
+
+    def append(self, row: Mapping[str, object]) -> None:
+        self._waiting.append(row)
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self._warn(f"{error}; rows of {self._path.name} are kept in memory until they can be written")
+
+    def flush(self) -> None:
+        """Write what waits; OSError where it cannot be written."""
+        while self._waiting:
+            append_line(self._path, self._waiting[0])
+            del self._waiting[0]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

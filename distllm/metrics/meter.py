@@ -14,6 +14,7 @@ def training_row(
     loss: float,
     grad_norm: float,
     learning_rate: float,
+    consumed_samples: int,
     step_seconds: float,
     global_batch_size: int,
     seq_length: int,
@@ -23,11 +24,11 @@ def training_row(
 ) -> Row:
     """The row of one optimizer update.
 
-    step: 1 after the first update. loss: nats per token, mean over the global batch.
+    step: 1 after the first update. loss: nats per token, mean over the global batch. consumed_samples: of the
+    whole run, this step included.
     step_seconds: wall-clock time of the whole step. global_batch_size: sequences of seq_length tokens.
     flops_per_token: forward and backward, over the whole model. peak_flops: per second, over all devices;
     None when unknown, and then there is no `mfu`. peak_memory_bytes: of the fullest rank.
-    Consumed samples and tokens count from the start of the run, whatever it was resumed from.
     """
     tokens_per_step = global_batch_size * seq_length
     tokens_per_second = tokens_per_step / step_seconds if step_seconds > 0 else math.nan
@@ -36,8 +37,8 @@ def training_row(
         "loss": float(loss),
         "grad_norm": float(grad_norm),
         "learning_rate": float(learning_rate),
-        "consumed_samples": step * global_batch_size,
-        "consumed_tokens": step * tokens_per_step,
+        "consumed_samples": consumed_samples,
+        "consumed_tokens": consumed_samples * seq_length,
         "step_seconds": float(step_seconds),
         "tokens_per_second": tokens_per_second,
     }

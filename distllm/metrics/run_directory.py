@@ -61,7 +61,7 @@ class RunDirectory:
 
     def event(self, kind: str, reason: str, **fields: object) -> None:
         """Append to `events.jsonl`: a start, stop, fault or rewind, when and why."""
-        append_line(self.events_path, {"time": utc_now(), "kind": kind, "reason": reason, **_plain(fields)})
+        append_line(self.events_path, event_row(kind, reason, **fields))
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first. A line that a kill tore says nothing any more and is left out."""
@@ -71,6 +71,11 @@ class RunDirectory:
                 with suppress(ValueError):
                     events.append(load_line(line))
         return events
+
+
+def event_row(kind: str, reason: str, **fields: object) -> dict[str, Any]:
+    """A line of `events.jsonl`."""
+    return {"time": utc_now(), "kind": kind, "reason": reason, **_plain(fields)}
 
 
 def utc_now() -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distllm.config.problems import user_error
 from distllm.metrics.event_file import EventFile
-from distllm.metrics.jsonl import append_line, dump_line, load_line, write_atomically
+from distllm.metrics.jsonl import PatientLines, dump_line, load_line, write_atomically
 from distllm.metrics.run_directory import RunDirectory
 
 
@@ -19,6 +19,7 @@ class MetricsWriter:
     resume_step: updates that the loaded checkpoint holds; 0 when training starts from scratch, which drops
         every earlier row. Call before the first new row.
     config: the resolved configuration, for W&B.
+    warn: told when the disk is full; training goes on.
     Raises a user error when W&B is wanted but not installed, or `metrics.jsonl` is damaged.
     """
 
@@ -31,8 +32,10 @@ class MetricsWriter:
         wandb_project: str,
         config: dict[str, Any],
         resume_step: int,
+        warn: Callable[[str], None],
     ) -> None:
-        self._path = run.metrics_path
+        self._warn = warn
+        self._rows = PatientLines(run.metrics_path, warn)
         start_wandb = require_wandb() if wandb else None  # refuse before any row is dropped
         drop_rows_after(run.metrics_path, resume_step)
         self._event_file = EventFile(run.tensorboard_path, resume_step) if tensorboard else None
@@ -49,16 +52,25 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, float | int]) -> None:
         """One training or validation row; it must have `step`. Visible to readers when this returns."""
-        append_line(self._path, row)
+        self._rows.append(row)
         step, scalars = int(row["step"]), {tag(name): row[name] for name in row if name != "step"}
-        if self._event_file:
-            self._event_file.write(scalars, step)
+        self._write_event(scalars, step)
         if self._wandb_run:
             # W&B refuses steps that it has seen: after a rewind it keeps the first value of each.
             self._wandb_run.log(scalars, step=step)
 
+    def _write_event(self, scalars: Mapping[str, float], step: int) -> None:
+        """TensorBoard's file only repeats metrics.jsonl: where the disk refuses it, it ends."""
+        if self._event_file:
+            try:
+                self._event_file.write(scalars, step)
+            except OSError as error:
+                self._event_file = None
+                self._warn(f"{error}; TensorBoard's curves end at step {step}, metrics.jsonl goes on")
+
     def close(self) -> None:
-        """Finish the sinks; calling it again does nothing."""
+        """Finish the sinks; again it does nothing. OSError where rows are left that cannot be written."""
+        self._rows.flush()
         if self._event_file:
             self._event_file.close()
         if self._wandb_run:

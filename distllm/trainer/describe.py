@@ -40,7 +40,7 @@ def describe_start(config: Config, prepared: PreparedData, grid: Grid, start: St
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
             steps=train.steps,
-            resume_step=start.step,
+            resume_step=start.state.step,
             training_tokens=prepared.train.num_tokens,
             memory_bytes_per_rank=estimate_memory(config, prepared.vocab_size, grid.data),
             resumed_from=start.path,
@@ -60,7 +60,7 @@ def finish_outputs(job: Job, seconds: float) -> None:
     plot_loss(read_rows(run.metrics_path), run.loss_plot_path, f"{config.model.name}, {run.path}")
     validation = job.reporter.last_validation_row or {}
     training = job.reporter.last_training_row or {}
-    steps_done = config.train.steps - job.first_step
+    steps_done = config.train.steps - job.start.step
     tokens = steps_done * config.train.global_batch_size * config.model.seq_length
     files = {"loss plot": run.loss_plot_path, "metrics": run.metrics_path, "config": run.config_path}
     if config.checkpoint.interval:

@@ -17,14 +17,16 @@ from distllm.runtime.dist import Runtime
 from distllm.trainer.evaluate import Validation, create_validation
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.resume import Start, restore
+from distllm.trainer.saving import Checkpoints
+from distllm.trainer.state import TrainState
 
 
 @dataclass
 class Job:
     """Everything that training needs, on one rank.
 
-    first_step: updates that are done already. flops_per_token, peak_flops: for MFU, of the whole model and of
-    all devices together; peak_flops is None where it is unknown.
+    start: how far training had come when the job began. flops_per_token, peak_flops: for MFU, of the whole
+    model and of all devices together; peak_flops is None where it is unknown.
     """
 
     config: Config
@@ -35,7 +37,8 @@ class Job:
     validation: Validation | None
     engine: Engine
     reporter: Reporter
-    first_step: int
+    checkpoints: Checkpoints
+    start: TrainState
     flops_per_token: float
     peak_flops: float | None
 
@@ -57,7 +60,7 @@ def build_job(
     built = build_model(config, prepared.vocab_size, groups, runtime.device)
     engine = create_engine(built.chunks, built.places, config, groups)
     if start.path is not None:
-        restore(engine, start)
+        restore(engine, start.path)
     device_peak = peak_flops(runtime.device, config.train.precision)
     return Job(
         config=config,
@@ -68,7 +71,8 @@ def build_job(
         validation=validation,
         engine=engine,
         reporter=reporter,
-        first_step=start.step,
+        checkpoints=Checkpoints(config, engine, prepared, reporter, start.state),
+        start=start.state,
         flops_per_token=flops_per_token(config.model, prepared.vocab_size),
         peak_flops=device_peak * runtime.world_size if device_peak else None,
     )

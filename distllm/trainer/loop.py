@@ -11,34 +11,38 @@ from distllm.engine.schedule import learning_rate
 from distllm.metrics.meter import Row, training_row
 from distllm.trainer.evaluate import validate
 from distllm.trainer.job import Job
-from distllm.trainer.resume import save
+from distllm.trainer.state import TrainState
 
 
 def fit(job: Job) -> None:
     """Train from the job's first step to its last."""
-    config, reporter = job.config, job.reporter
-    for step in range(job.first_step, config.train.steps):
-        reporter.training_row(train_step(job, step))
-        done = step + 1
-        if job.validation and is_due(done, config.train.validation_interval, config.train.steps):
-            reporter.validation_row(validate(job.engine, job.validation, done))
-        if is_due(done, config.checkpoint.interval, config.train.steps):
-            save(config, job.engine, job.prepared, reporter, done)
+    config, reporter, state = job.config, job.reporter, job.start
+    while state.step < config.train.steps:
+        row = train_step(job, state)
+        state = state.after_step(config.train.global_batch_size)
+        reporter.training_row(row)
+        if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
+            reporter.validation_row(validate(job.engine, job.validation, state.step))
+        job.checkpoints.report()
+        if is_due(state.step, config.checkpoint.interval, config.train.steps):
+            job.checkpoints.save(state, "interval")
+    job.checkpoints.finish()
 
 
-def train_step(job: Job, step: int) -> Row:
-    """One optimizer update, `step` updates being done; returns its row of metrics."""
+def train_step(job: Job, state: TrainState) -> Row:
+    """One optimizer update; returns its row of metrics."""
     config = job.config
     start = time.perf_counter()
     rate = learning_rate(
-        step, peak=config.optimizer.lr, total_steps=config.train.steps, schedule=config.schedule
+        state.step, peak=config.optimizer.lr, total_steps=config.train.steps, schedule=config.schedule
     )
-    result = job.engine.train_step(load_microbatches(job, step), rate)
+    result = job.engine.train_step(load_microbatches(job, state), rate)
     return training_row(
-        step=step + 1,
+        step=state.step + 1,
         loss=result.loss,
         grad_norm=result.grad_norm,
         learning_rate=rate,
+        consumed_samples=state.next_sample + config.train.global_batch_size,
         step_seconds=time.perf_counter() - start,
         global_batch_size=config.train.global_batch_size,
         seq_length=config.model.seq_length,
@@ -48,10 +52,10 @@ def train_step(job: Job, step: int) -> Row:
     )
 
 
-def load_microbatches(job: Job, step: int) -> list[Microbatch]:
-    """This rank's part of the global batch of `step`, on its device."""
+def load_microbatches(job: Job, state: TrainState) -> list[Microbatch]:
+    """This rank's part of the next global batch, on its device."""
     arrays = job.batches.microbatches(
-        step,
+        state.next_sample,
         job.groups.coordinates.data,
         global_batch_size=job.config.train.global_batch_size,
         micro_batch_size=job.config.train.micro_batch_size,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from pathlib import Path
 
+from distllm.config.compose import to_plain
 from distllm.config.schema import Config
+from distllm.metrics.jsonl import PatientLines
 from distllm.metrics.meter import Row
 from distllm.metrics.progress import make_progress
-from distllm.metrics.run_directory import RunDirectory, State
+from distllm.metrics.run_directory import RunDirectory, State, event_row
 from distllm.metrics.sinks import MetricsWriter
 
 
@@ -19,9 +20,10 @@ class Reporter:
 
     def __init__(self, config: Config, is_main: bool, first_step: int) -> None:
         self.is_main = is_main
-        self.run = RunDirectory(Path(config.run.dir), create=is_main)
+        self.run = RunDirectory(Path(config.run.dir), create=False)
         self.last_training_row: Row | None = None
         self.last_validation_row: Row | None = None
+        self._events = PatientLines(self.run.events_path, self.warn)
         self.progress = make_progress(
             config.logging.progress if is_main else "none",
             total_steps=config.train.steps,
@@ -35,8 +37,9 @@ class Reporter:
                 tensorboard=config.logging.tensorboard,
                 wandb=config.logging.wandb,
                 wandb_project=config.logging.wandb_project,
-                config=dataclasses.asdict(config),
+                config=to_plain(config),
                 resume_step=first_step,
+                warn=self.warn,
             )
 
     def training_row(self, row: Row) -> None:
@@ -56,11 +59,18 @@ class Reporter:
 
     def event(self, kind: str, reason: str, **fields: object) -> None:
         if self.is_main:
-            self.run.event(kind, reason, **fields)
+            self._events.append(event_row(kind, reason, **fields))
 
     def status(self, state: State, reason: str, **fields: object) -> None:
         if self.is_main:
-            self.run.write_status(state, reason, **fields)
+            try:
+                self.run.write_status(state, reason, **fields)
+            except OSError as error:
+                self.warn(f"status.json could not be written: {error}")
+
+    def warn(self, text: str) -> None:
+        if self.is_main:
+            self.progress.note(f"WARNING: {text}")
 
     def say(self, text: str) -> None:
         """Text for the user, on standard output, outside of the progress display."""

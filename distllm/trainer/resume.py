@@ -1,93 +1,126 @@
-"""Where a run starts, and what it saves for the next start."""
+"""Where a run starts: which checkpoint, what may differ from the job that wrote it, and what may not."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distllm.checkpoint.dcp import refuse_other_model, stored_states
-from distllm.checkpoint.manager import checkpoint_path, choose_checkpoint, remove_old
-from distllm.checkpoint.store import Manifest, read_manifest, read_metadata, read_tensors, write_checkpoint
-from distllm.config.problems import Problem, UserError
+import torch
+import torch.distributed as dist
+
+from distllm.checkpoint.manager import candidates, choose
+from distllm.checkpoint.manifest import Manifest, find_damage, read_manifest
+from distllm.checkpoint.store import read_tensors
+from distllm.config.compose import to_plain
+from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
 from distllm.data.prepare import PreparedData
 from distllm.engine.engine import Engine
-from distllm.metrics.format import duration
 from distllm.metrics.run_directory import RunDirectory
-from distllm.trainer.reporter import Reporter
+from distllm.runtime.dist import on_main_rank
+from distllm.trainer.state import TrainState
 
 # Which tokens come in which step hangs on the first; the weights hang on all of the model but the second.
-ORDER_SETTINGS = ("train.seed", "train.global_batch_size", "model.seq_length")
+ORDER_SETTINGS = ("train.seed", "model.seq_length")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
+# How the run is watched and kept, which is nobody's concern at a resume.
+UNTOLD_SECTIONS = ("run", "logging", "generate", "export", "import")
+
+Changes = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Start:
-    """path: checkpoint to load, None for fresh weights. step: updates done. damaged: newer checkpoints that
-    were passed over, each with what is wrong with it. finished: there is nothing left to do."""
+    """path: checkpoint to load, None for fresh weights. damaged: newer checkpoints that were passed over,
+    each with what is wrong with it. finished: there is nothing left to do. changed: {setting: (as the
+    checkpoint was made, now)}."""
 
     path: Path | None
-    step: int
+    state: TrainState = TrainState()  # noqa: RUF009 - frozen
     damaged: tuple[str, ...] = ()
     finished: bool = False
+    changed: Changes = field(default_factory=dict)
 
 
 def find_start(config: Config, prepared: PreparedData) -> Start:
-    """Look into the run directory, on one rank, before anything expensive."""
-    run = RunDirectory(Path(config.run.dir))
-    choice = choose_checkpoint(run.checkpoints_path, config.checkpoint)
+    """Look into the run directory before anything expensive. Collective: all ranks share the verification."""
+    run = RunDirectory(Path(config.run.dir), create=False)
+    paths = on_main_rank(lambda: candidates(run.checkpoints_path, config.checkpoint))
+    choice = choose(paths, _find_damage_together)
     if choice.path is None:
-        status = run.read_status() or {}
-        done = status.get("step", 0) if status.get("state") == "completed" else 0
-        is_finished = config.checkpoint.resume == "auto" and done >= config.train.steps
-        return Start(None, done if is_finished else 0, finished=is_finished)
-    manifest = read_manifest(choice.path)
-    _refuse_other_job(config, prepared, manifest, choice.path)
-    return Start(choice.path, manifest.step, choice.damaged, finished=manifest.step >= config.train.steps)
-
-
-def restore(engine: Engine, start: Start) -> None:
-    """Load weights and optimizer states. Collective."""
-    assert start.path is not None, "a fresh start has nothing to restore"
-    metadata = read_metadata(start.path)
-    refuse_other_model(metadata, engine.places.values(), str(start.path))
-    read_tensors(start.path, engine.fragments(create_states=stored_states(metadata)))
-    engine.after_load(read_manifest(start.path).scalars)
-
-
-def save(config: Config, engine: Engine, prepared: PreparedData, reporter: Reporter, step: int) -> None:
-    """Write the checkpoint of `step` updates and drop the oldest. Collective."""
-    begin = time.perf_counter()
-    path = checkpoint_path(reporter.run.checkpoints_path, step)
-    write_checkpoint(
+        return on_main_rank(lambda: _start_without_checkpoint(config, run))
+    path = choice.path
+    manifest = read_manifest(path)
+    _refuse_other_job(config, prepared, manifest, path)
+    data = manifest.details["data"] or {"next_sample": 0}  # an imported model has seen none of our data
+    return Start(
         path,
-        engine.fragments(),
-        step=step,
-        scalars=engine.scalars(),
-        details=_details(config, engine, prepared),
+        TrainState(manifest.step, data["next_sample"]),
+        choice.damaged,
+        finished=manifest.step >= config.train.steps,
+        changed=changed_settings(manifest.details["config"], to_plain(config)),
     )
-    if reporter.is_main:
-        remove_old(path, config.checkpoint.keep)
-    seconds = time.perf_counter() - begin
-    reporter.event("checkpoint", "interval", step=step, seconds=round(seconds, 3), path=str(path))
-    reporter.progress.note(f"step {step}: checkpoint saved in {duration(seconds)}: {path}")
 
 
-def _details(config: Config, engine: Engine, prepared: PreparedData) -> dict[str, Any]:
-    grid = engine.groups.grid
+def restore(engine: Engine, path: Path) -> None:
+    """Load weights and optimizer states. Collective."""
+    manifest = read_manifest(path)
+    refuse_other_model(manifest, engine, path)
+    states = {name: getattr(torch, dtype) for name, dtype in manifest.states.items()}
+    read_tensors(path, engine.fragments(create_states=states))
+    engine.after_load(manifest.scalars)
+
+
+def refuse_other_model(manifest: Manifest, engine: Engine, path: Path) -> None:
+    """A checkpoint of another model is refused with the differences, before anything is overwritten.
+
+    By all parameters of this rank, also those that it holds no fragment of: who refuses alone leaves the
+    other ranks waiting.
+    """
+    differences = []
+    for place in engine.places.values():
+        shape = manifest.tensors.get(place.name)
+        if shape is None:
+            differences.append(f"{place.name} is not in the checkpoint")
+        elif shape != place.global_shape:
+            differences.append(f"{place.name} is {shape} there and {place.global_shape} here")
+    if differences:
+        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if differences[5:] else "")
+        raise user_error(
+            "checkpoint",
+            path,
+            f"the checkpoint must be of the same model and vocabulary, but {shown}",
+            "take the model and tokenizer that the checkpoint was made with, or another run.dir",
+        )
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What differs between two configs, as it is written on the command line."""
+    old, new = _settings(before), _settings(now)
     return {
-        "config": dataclasses.asdict(config),
-        "layout": {"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline},
-        "data": {"fingerprint": prepared.fingerprint, "num_train_tokens": prepared.train.num_tokens},
-        "tokenizer": {"folder": str(prepared.tokenizer_folder), "vocab_size": prepared.vocab_size},
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
+        name: (old.get(name, "unset"), new.get(name, "unset"))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.partition(".")[0] not in UNTOLD_SECTIONS
     }
+
+
+def _find_damage_together(path: Path) -> str | None:
+    """`find_damage` by all ranks, each of them reading its share of the files."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found: list[str | None] = [None] * world_size
+    dist.all_gather_object(found, find_damage(path, share=(rank, world_size)))
+    return next(filter(None, found), None)
+
+
+def _start_without_checkpoint(config: Config, run: RunDirectory) -> Start:
+    """A job that keeps no checkpoints may be complete all the same."""
+    status = run.read_status() or {}
+    done = status.get("step", 0) if status.get("state") == "completed" else 0
+    is_finished = config.checkpoint.resume == "auto" and done >= config.train.steps
+    return Start(None, TrainState(done) if is_finished else TrainState(), finished=is_finished)
 
 
 def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest, path: Path) -> None:
@@ -95,10 +128,11 @@ def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest
 
     The model is compared by its settings, since nothing is built yet; `restore` compares every shape.
     """
-    before, now = _settings(manifest.details["config"]), _settings(dataclasses.asdict(config))
+    before, now = _settings(manifest.details["config"]), _settings(to_plain(config))
+    data = manifest.details["data"]
     problems = []
     for setting, value in before.items():
-        if setting in ORDER_SETTINGS:
+        if setting in ORDER_SETTINGS and data is not None:
             reason = "the order of the data hangs on it"
         elif setting.startswith("model.") and setting not in FREE_MODEL_SETTINGS:
             reason = "the weights hang on it"
@@ -109,13 +143,12 @@ def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest
             problems.append(
                 Problem(setting, now.get(setting), rule, f"{setting}={value}, or another run.dir")
             )
-    fingerprint = manifest.details["data"]["fingerprint"]
-    if fingerprint != prepared.fingerprint:
+    if data is not None and data["fingerprint"] != prepared.fingerprint:
         problems.append(
             Problem(
                 "data",
                 f"fingerprint {prepared.fingerprint}",
-                f"the tokens must be those that {path.name} was trained on, fingerprint {fingerprint}",
+                f"the tokens must be those of {path.name}, fingerprint {data['fingerprint']}",
                 "restore the documents and the tokenizer, or take another run.dir",
             )
         )

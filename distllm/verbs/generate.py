@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from distllm.checkpoint.manager import choose_checkpoint
-from distllm.checkpoint.store import Manifest, read_manifest, read_tensors
+from distllm.checkpoint.manager import candidates, choose
+from distllm.checkpoint.manifest import Manifest, read_manifest
+from distllm.checkpoint.store import read_tensors
 from distllm.config.problems import user_error
 from distllm.config.schema import Config, Model, Parallel, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
@@ -47,7 +48,7 @@ def run(config: Config) -> int:
     path = _newest_checkpoint(config)
     manifest = read_manifest(path)
     config = _as_trained(config, manifest)
-    tokenizer_folder = Path(manifest.details["tokenizer"]["folder"])
+    tokenizer_folder = path / manifest.details["tokenizer"]["folder"]
     tokenizer = TextTokenizer.load(tokenizer_folder, config.tokenizer.end_of_document)
     runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
     groups = create_groups(Grid(), runtime.timeout)
@@ -75,7 +76,7 @@ def run(config: Config) -> int:
 
 def _newest_checkpoint(config: Config) -> Path:
     run_directory = RunDirectory(Path(config.run.dir), create=False)
-    choice = choose_checkpoint(run_directory.checkpoints_path, config.checkpoint)
+    choice = choose(candidates(run_directory.checkpoints_path, config.checkpoint))
     for damage in choice.damaged:
         report_progress(f"WARNING: a damaged checkpoint was passed over: {damage}")
     if choice.path is None:

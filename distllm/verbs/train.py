@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from distllm.config.compose import config_hash, to_yaml
 from distllm.config.schema import Config
 from distllm.data.prepare import PreparedData, prepare
 from distllm.layout.grid import Grid
 from distllm.layout.groups import create_groups, destroy_groups
+from distllm.metrics.run_directory import RunDirectory
+from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
 from distllm.trainer.describe import describe_start, finish_outputs
@@ -26,24 +29,49 @@ def run(config: Config) -> int:
     refuse_short_data(config, prepared)
     runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
     succeeded = False
+    lock = _RunLock(Path(config.run.dir))
     try:
         dist.assert_equal_on_all_ranks("config", config_hash(config))
-        start = dist.on_main_rank(lambda: find_start(config, prepared))
+        dist.on_main_rank(lock.take_if_there)
+        start = find_start(config, prepared)
         if start.finished:
             _say_finished(config, start, runtime)
         else:
+            dist.on_main_rank(lock.take)
             _train(config, runtime, prepared, start)
         succeeded = True
     finally:
+        lock.release()
         dist.stop(succeeded)
     return 0
+
+
+class _RunLock:
+    """Rank 0's lock on the run directory: taken before anything is read there; a new directory is made only
+    for a job that starts."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._lock: RunLock | None = None
+
+    def take_if_there(self) -> None:
+        if self._run_dir.is_dir():
+            self.take()
+
+    def take(self) -> None:
+        RunDirectory(self._run_dir)  # made, and known to be writable
+        self._lock = self._lock or RunLock(self._run_dir)
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.release()
 
 
 def _train(config: Config, runtime: Runtime, prepared: PreparedData, start: Start) -> None:
     grid = Grid.from_world_size(
         runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
     )
-    reporter = Reporter(config, runtime.is_main, start.step)
+    reporter = Reporter(config, runtime.is_main, start.state.step)
     _open_run(config, runtime, prepared, start, reporter)
     reporter.say(describe_start(config, prepared, grid, start))
     begin = time.monotonic()
@@ -77,12 +105,16 @@ def _open_run(
     for damage in start.damaged:
         reporter.event("damaged checkpoint", damage)
         reporter.say(f"WARNING: a damaged checkpoint was passed over: {damage}")
+    if start.changed:
+        changed = {name: f"{before} -> {now}" for name, (before, now) in start.changed.items()}
+        reporter.event("changed settings", "the command line differs from the checkpoint's", **changed)
+        reporter.say(f"changed since the checkpoint: {', '.join(f'{k}: {v}' for k, v in changed.items())}")
     origin = f"resumed from {start.path}" if start.path else "from scratch"
-    reporter.event("start", origin, step=start.step, world_size=runtime.world_size)
-    reporter.status("running", origin, step=start.step)
+    reporter.event("start", origin, step=start.state.step, world_size=runtime.world_size)
+    reporter.status("running", origin, step=start.state.step)
 
 
 def _say_finished(config: Config, start: Start, runtime: Runtime) -> None:
     if runtime.is_main:
-        print(f"{config.run.dir} is complete: {start.step:,} of {config.train.steps:,} steps are done.")
+        print(f"{config.run.dir} is complete: {start.state.step:,} of {config.train.steps:,} steps are done.")
         print("To go on, raise train.steps; to start afresh, choose another run.dir.", flush=True)

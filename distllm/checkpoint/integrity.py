@@ -1,0 +1,71 @@
+"""Sizes and hashes of files: DCP has none, and loads flipped bits and the files of another step silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from distllm.checkpoint.storage import Storage
+
+READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """bytes: size of the file. xxh3_128: hash of its content."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class HashingStream:
+    """A write-only stream that hashes what goes through it; it is only ever written forward."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._hash = xxhash.xxh3_128()
+        self._num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._num_bytes += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self._num_bytes, self._hash.hexdigest())
+
+
+@contextmanager
+def create_hashed(storage: Storage, path: Path) -> Iterator[HashingStream]:
+    """A new file as `storage.create` makes it, whose `record` is known at the end."""
+    with storage.create(path) as stream:
+        yield HashingStream(stream)
+
+
+def hash_text(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def damage_of(storage: Storage, path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file that should be as `record` says, by reading all of it."""
+    if not storage.is_file(path):
+        return "is missing"
+    if storage.size(path) != record.bytes:
+        return f"has {storage.size(path)} bytes, was written with {record.bytes}"
+    digest = xxhash.xxh3_128()
+    with storage.read(path) as stream:
+        while data := stream.read(READ_BYTES):
+            digest.update(data)
+    return None if digest.hexdigest() == record.xxh3_128 else "its content was altered"

@@ -1,0 +1,101 @@
+"""What a checkpoint says of itself. It is written last: without it the checkpoint does not exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distllm.checkpoint.integrity import FileRecord, damage_of, hash_text
+from distllm.checkpoint.storage import LOCAL, Storage
+from distllm.config.problems import user_error
+from distllm.layout.place import Shape
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+HASH = "xxh3_128_of_the_rest"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: updates done. scalars: optimizer state that is one number for all parameters.
+
+    details: what the trainer puts beside the tensors, as JSON. tensors: global shape of every parameter.
+    states: dtype of every optimizer state, by the optimizer's own words. files: all but the manifest.
+    """
+
+    format_version: int
+    step: int
+    scalars: dict[str, float]
+    details: dict[str, Any]
+    tensors: dict[str, Shape]
+    states: dict[str, str]
+    files: dict[str, FileRecord]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.bytes for record in self.files.values())
+
+
+def to_text(manifest: Manifest) -> str:
+    """The file's content, which holds a hash of itself."""
+    content = asdict(manifest)
+    return json.dumps(content | {HASH: hash_text(_canonical(content))}, indent=1)
+
+
+def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
+    """The manifest of the checkpoint at `path`.
+
+    OSError, ValueError, KeyError or TypeError where there is none that makes sense. A user error where it is
+    of another format version: the checkpoint is not damaged, and to pass it over would lose its work.
+    """
+    with storage.read(path / MANIFEST) as stream:
+        raw = json.loads(stream.read())
+    digest = raw.pop(HASH, None)
+    if digest is not None and digest != hash_text(_canonical(raw)):
+        raise ValueError("its content was altered")
+    if raw["format_version"] != FORMAT_VERSION:
+        age = "a newer" if raw["format_version"] > FORMAT_VERSION else "an older"
+        raise user_error(
+            "checkpoint",
+            path,
+            f"format version {raw['format_version']} was written by {age} distllm; "
+            f"this one reads {FORMAT_VERSION}",
+            f"install {age} distllm, or move the checkpoint away to go on from an earlier one",
+        )
+    if digest is None:
+        raise ValueError("it has no hash of itself")
+    tensors = {name: tuple(shape) for name, shape in raw.pop("tensors").items()}
+    files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+    return Manifest(tensors=tensors, files=files, **raw)
+
+
+def find_damage(path: Path, storage: Storage = LOCAL, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Read a checkpoint and say what is wrong with it; None means that it is good.
+
+    share: (i, n) looks at every n-th file from the i-th, so that n ranks together look at all.
+    """
+    try:
+        manifest = read_manifest(path, storage)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {error!r}"
+    index, count = share
+    return next(_damages(path, sorted(manifest.files)[index::count], manifest.files, storage), None)
+
+
+def _damages(
+    path: Path, names: list[str], files: Mapping[str, FileRecord], storage: Storage
+) -> Iterator[str]:
+    for name in names:
+        try:
+            damage = damage_of(storage, path / name, files[name])
+        except OSError as error:
+            damage = f"cannot be read: {error}"
+        if damage:
+            yield f"{name}: {damage}"
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True)

@@ -1,0 +1,121 @@
+"""What a run saves for the next start, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distllm import __version__
+from distllm.checkpoint.manager import checkpoint_path, remove_old
+from distllm.checkpoint.saver import Outcome, Saver
+from distllm.checkpoint.store import Contents
+from distllm.config.compose import to_plain
+from distllm.config.schema import Config
+from distllm.data.prepare import PreparedData
+from distllm.engine.engine import Engine
+from distllm.layout.grid import Grid
+from distllm.layout.save_groups import create_save_groups
+from distllm.metrics.format import duration
+from distllm.trainer.reporter import Reporter
+from distllm.trainer.state import TrainState
+
+TOKENIZER_FOLDER = "tokenizer"
+LIBRARIES = ("torch", "deepspeed", "megatron-core")
+
+
+class Checkpoints:
+    """Saves of one run: begins them, tells what became of them, and drops old ones."""
+
+    def __init__(
+        self, config: Config, engine: Engine, prepared: PreparedData, reporter: Reporter, start: TrainState
+    ) -> None:
+        timeout = timedelta(seconds=config.checkpoint.timeout_seconds)
+        self._saver = Saver(
+            create_save_groups(engine.groups.grid, timeout), is_async=config.checkpoint.async_save
+        )
+        self._config = config
+        self._engine = engine
+        self._prepared = prepared
+        self._reporter = reporter
+        self.last_saved_step = start.step
+        self._last_error: str | None = None
+
+    def save(self, state: TrainState, reason: str) -> None:
+        """Begin to save; with `checkpoint.async_save` the write goes on in the background. Collective."""
+        path = checkpoint_path(self._reporter.run.checkpoints_path, state.step)
+        self._engine.before_save()
+        contents = Contents(
+            state.step,
+            self._engine.scalars(),
+            checkpoint_details(self._config, self._engine.groups.grid, self._prepared, state, reason),
+            tokenizer_files(self._prepared.tokenizer_folder),
+        )
+        self._saver.save(path, self._engine.fragments(), contents, after=lambda: self._remove_old(path))
+        self.report()
+
+    def report(self) -> None:
+        """Tell what has become of saves; an error that is not the disk's is raised here."""
+        for outcome in self._saver.outcomes():
+            self._tell(outcome)
+
+    def finish(self) -> None:
+        """Wait for what is being written. OSError where the last save has failed: its steps would be lost."""
+        self._saver.wait()
+        self.report()
+        if self._last_error:
+            raise OSError(f"the last checkpoint could not be written: {self._last_error}")
+
+    def _tell(self, outcome: Outcome) -> None:
+        self._last_error = outcome.error
+        times = {
+            "seconds": round(outcome.seconds, 3),
+            "blocking_seconds": round(outcome.blocking_seconds, 3),
+        }
+        if outcome.error:
+            self._reporter.event("checkpoint failed", outcome.error, step=outcome.step, **times)
+            self._reporter.progress.note(
+                f"WARNING: step {outcome.step}: no checkpoint could be written, training goes on without: "
+                f"{outcome.error}"
+            )
+            return
+        self.last_saved_step = outcome.step
+        self._reporter.event("checkpoint", "saved", step=outcome.step, path=str(outcome.path), **times)
+        waited = f", training waited {duration(outcome.blocking_seconds)}" if self._saver.is_async else ""
+        self._reporter.progress.note(
+            f"step {outcome.step}: checkpoint saved in {duration(outcome.seconds)}{waited}: {outcome.path}"
+        )
+
+    def _remove_old(self, newest: Path) -> None:
+        if self._reporter.is_main:
+            remove_old(newest, self._config.checkpoint)
+
+
+def checkpoint_details(
+    config: Config, grid: Grid, prepared: PreparedData, state: TrainState, reason: str
+) -> dict[str, Any]:
+    """What the manifest holds beside the tensors."""
+    return {
+        "reason": reason,
+        "config": to_plain(config),
+        "layout": {"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline},
+        "data": {
+            "fingerprint": prepared.fingerprint,
+            "num_train_tokens": prepared.train.num_tokens,
+            "next_sample": state.next_sample,
+        },
+        "tokenizer": {"folder": TOKENIZER_FOLDER, "vocab_size": prepared.vocab_size},
+        "versions": {"distllm": __version__} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def tokenizer_files(folder: Path) -> Mapping[str, bytes]:
+    """The tokenizer as attachments: a checkpoint is whole without the cache that it was prepared in."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return {
+        f"{TOKENIZER_FOLDER}/{name}": (folder / name).read_bytes()
+        for name in names
+        if (folder / name).is_file()
+    }
