@@ -122,7 +122,7 @@ def read_pieces(metadata: Metadata, pieces: Sequence[Piece], shard: Callable[[st
 
 def _saved_tensor(content: Buffer, info: _StorageInfo, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
     """The tensor that `torch.save` wrote there, as a view of `content`: only what is used of it is read."""
-    archive = zipfile.ZipFile(_Part(content, info.offset, info.length))  # type: ignore[arg-type]
+    archive = zipfile.ZipFile(_Part(content, info.offset, info.length))
     entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
     # A local header of 30 bytes, a name and an extra field whose lengths it ends with, then the bytes.
     header = info.offset + entry.header_offset

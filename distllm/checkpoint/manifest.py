@@ -10,7 +10,7 @@ from typing import Any
 
 from distllm.checkpoint.integrity import FileRecord, damage_of, hash_text
 from distllm.checkpoint.storage import LOCAL, Storage
-from distllm.config.problems import user_error
+from distllm.config.problems import UserError, user_error
 from distllm.layout.place import Shape
 
 FORMAT_VERSION = 2
@@ -53,6 +53,8 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     """
     with storage.read(path / MANIFEST) as stream:
         raw = json.loads(stream.read())
+    if not isinstance(raw, dict):
+        raise TypeError("it is no JSON object")
     digest = raw.pop(HASH, None)
     if digest is not None and digest != hash_text(_canonical(raw)):
         raise ValueError("its content was altered")
@@ -79,6 +81,8 @@ def find_damage(path: Path, storage: Storage = LOCAL, share: tuple[int, int] = (
     """
     try:
         manifest = read_manifest(path, storage)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST}: {error!r}"
     index, count = share

@@ -125,16 +125,23 @@ def read_tensors(path: Path, fragments: Iterable[Fragment], storage: Storage = L
 
 
 def _together(groups: SaveGroups, work: Callable[[], T]) -> T:
-    """Do `work` on every rank; if it fails on one, all of them raise."""
-    result, error = None, None
+    """Do `work` on every rank; if it fails on one, all of them raise: else they would wait for that one.
+
+    What the disk refuses is a SaveFailedError; torch.save makes a RuntimeError of it. The rest are our bugs.
+    """
+    result, disk_error, bug = None, None, None
     try:
         result = work()
-    except (OSError, RuntimeError) as caught:  # torch.save makes a RuntimeError of a full disk
-        error = f"rank {dist.get_rank()}: {caught!r}"
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error, group=groups.world)
-    if failed := [error for error in errors if error]:
-        raise SaveFailedError(failed[0])
+    except (OSError, RuntimeError) as caught:
+        disk_error = f"rank {dist.get_rank()}: {caught!r}"
+    except Exception as caught:
+        bug = f"rank {dist.get_rank()}: {caught!r}"
+    outcomes: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (disk_error, bug), group=groups.world)
+    if bugs := [bug for _, bug in outcomes if bug]:
+        raise AssertionError(bugs[0])
+    if errors := [error for error, _ in outcomes if error]:
+        raise SaveFailedError(errors[0])
     return result  # type: ignore[return-value]
 
 

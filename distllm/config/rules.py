@@ -144,6 +144,13 @@ def _validation(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("train.validation_interval", interval, rule, fix)
 
 
+def _bucket_size(config: Config, _: int) -> Iterator[Problem]:
+    size = config.zero.bucket_size
+    if config.zero.stage > 0 and size % 2:
+        rule = "must be even: DeepSpeed starts every message at a multiple of two elements"
+        yield Problem("zero.bucket_size", size, rule, f"zero.bucket_size={size + 1}")
+
+
 def _kept_checkpoints(config: Config, _: int) -> Iterator[Problem]:
     interval, every = config.checkpoint.interval, config.checkpoint.keep_every
     if every and (interval == 0 or every % interval):
@@ -257,6 +264,7 @@ _TRAIN_RULES: tuple[Rule, ...] = (
     _schedule_minimum,
     _validation,
     _gradient_accumulation,
+    _bucket_size,
     _kept_checkpoints,
 )
 # Each verb answers for the sections that it uses: `generate` takes the model from its checkpoint.

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distllm.checkpoint.manager import checkpoint_path
-from distllm.checkpoint.store import find_damage, read_manifest, read_metadata, write_checkpoint
+from distllm.checkpoint.manifest import find_damage, read_manifest
+from distllm.checkpoint.store import write_checkpoint
 from distllm.config.problems import UserError
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine, StepResult
 from distllm.model.size import count_parameters
-from distllm.trainer.resume import Start, restore
+from distllm.trainer.resume import restore
 
 # PyTorch on reading without a process group, which is what these tests want.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -28,6 +29,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 OPTIMIZER_STATES = {"exp_avg", "exp_avg_sq"}
 # Another seed than the job that wrote the checkpoint: what is not loaded shows.
 OTHER_SEED = "train.seed=99"
+# Whose flat buffers end off the width of vector instructions: without `before_save` the two copies of a tied
+# embedding drift apart by one bit, at stage 3.
+ODD_SHAPE = (
+    "model.hidden_size=36",
+    "model.num_attention_heads=2",
+    "model.num_query_groups=1",
+    "model.head_dim=18",
+    "model.ffn_hidden_size=35",
+)
 
 
 def make_config(*overrides: str) -> Config:
@@ -42,13 +52,14 @@ def train(engine: Engine, config: Config, steps: range) -> list[StepResult]:
 
 
 def save(engine: Engine, path: Path, step: int) -> None:
+    engine.before_save()
     write_checkpoint(path, engine.fragments(), step=step, scalars=engine.scalars(), details={})
 
 
 def load(path: Path, *overrides: str, vocab_size: int = jobs.VOCAB_SIZE) -> tuple[Engine, Config]:
     config = make_config(*overrides, OTHER_SEED)
     engine = jobs.build_engine(config, vocab_size)
-    restore(engine, Start(path, read_manifest(path).step))
+    restore(engine, path)
     return engine, config
 
 
@@ -63,11 +74,14 @@ def local_state(engine: Engine) -> dict[str, Tensor]:
 
 def plain_read(path: Path) -> dict[str, Tensor]:
     """All global tensors, by PyTorch alone; NaN where the checkpoint has nothing."""
-    tensors = {}
-    for name, stored in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
-        assert isinstance(stored, TensorStorageMetadata), name
-        tensors[name] = torch.full(tuple(stored.size), torch.nan, dtype=stored.properties.dtype)
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    tensors: dict[str, Tensor] = {}
+    for module in (path / "tensors").iterdir():
+        found = {}
+        for name, stored in dcp.FileSystemReader(module).read_metadata().state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata), name
+            found[name] = torch.full(tuple(stored.size), torch.nan, dtype=stored.properties.dtype)
+        dcp.load(found, storage_reader=dcp.FileSystemReader(module), no_dist=True)
+        tensors |= found
     return tensors
 
 
@@ -127,6 +141,7 @@ def test_a_resume_under_model_parallelism_is_bitwise(tmp_path: Path) -> None:
         ("parallel.tensor=2", "parallel.pipeline=2"),
         ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
         ("parallel.tensor=2", "parallel.sequence=true", "model.tie_embeddings=true"),
+        ("parallel.pipeline=2", "model.tie_embeddings=true", *ODD_SHAPE),
     )
     cases = [(f"zero.stage={stage}", *layout) for stage in (0, 1, 2, 3) for layout in layouts]
     results = run_ranks(4, resume_and_compare, tmp_path, cases, deadline_seconds=300)
@@ -211,9 +226,13 @@ def test_every_element_is_in_the_file_exactly_once(
     stage: int, folder: Path, written: dict[int, list[list[StepResult]]]
 ) -> None:
     """No hole, and no replica writes what another has written."""
-    metadata = read_metadata(folder / "2" / str(stage))
+    modules = (folder / "2" / str(stage) / "tensors").iterdir()
     numel: dict[str, int] = {}
-    for name, stored in metadata.state_dict_metadata.items():
+    for name, stored in [
+        item
+        for module in modules
+        for item in dcp.FileSystemReader(module).read_metadata().state_dict_metadata.items()
+    ]:
         assert isinstance(stored, TensorStorageMetadata), name
         times = torch.zeros(tuple(stored.size), dtype=torch.int32)
         for chunk in stored.chunks:
@@ -239,15 +258,18 @@ def test_both_ranks_share_the_writing(
 
 
 PLAIN_PYTORCH = """
-import sys, torch
+import pathlib, sys, torch
 import torch.distributed.checkpoint as dcp
 
-reader = dcp.FileSystemReader(sys.argv[1])
-tensors = {
-    name: torch.empty(stored.size, dtype=stored.properties.dtype)
-    for name, stored in reader.read_metadata().state_dict_metadata.items()
-}
-dcp.load(tensors, storage_reader=reader, no_dist=True)
+tensors = {}
+for module in pathlib.Path(sys.argv[1], "tensors").iterdir():
+    reader = dcp.FileSystemReader(module)
+    part = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(part, storage_reader=reader, no_dist=True)
+    tensors |= part
 assert not any(name.startswith(("distllm", "megatron", "deepspeed")) for name in sys.modules)
 torch.save(tensors, sys.argv[2])
 """
@@ -274,7 +296,7 @@ def refusals(rank: int, path: Path, cases: list[tuple[int, tuple[str, ...]]]) ->
         engine = jobs.build_engine(make_config(*overrides), vocab_size)
         before = jobs.gather_weights(engine)
         with pytest.raises(UserError) as caught:
-            restore(engine, Start(path, 3))
+            restore(engine, path)
         messages.append(str(caught.value))
         assert differences(jobs.gather_weights(engine), before) == []
         jobs.finish(engine)
@@ -298,7 +320,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(
     for messages in run_ranks(2, refusals, folder / "2" / "1", list(expected)):
         for case, message in zip(expected, messages, strict=True):
             assert expected[case] in message, case
-            assert "checkpoint.resume=" in message
+            assert "checkpoint=" in message
 
 
 def save_twice(rank: int, folder: Path) -> None:
@@ -327,4 +349,5 @@ def test_remains_of_earlier_saves_do_not_hinder(tmp_path: Path) -> None:
         assert find_damage(path) is None
         manifest = read_manifest(path)
         assert manifest.step == step
-        assert {file.name for file in path.iterdir()} == {*manifest.files, "manifest.json"}
+        files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+        assert files == {*manifest.files, "manifest.json"}

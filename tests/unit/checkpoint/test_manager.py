@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from distllm.checkpoint.manager import checkpoint_path, choose_checkpoint, list_checkpoints, remove_old
-from distllm.checkpoint.store import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, find_damage
+from distllm.checkpoint.integrity import FileRecord
+from distllm.checkpoint.manager import (
+    Choice,
+    candidates,
+    checkpoint_path,
+    choose,
+    list_checkpoints,
+    remove_old,
+)
+from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, find_damage, to_text
 from distllm.config.problems import UserError
 from distllm.config.schema import Checkpoint
 
@@ -23,8 +29,8 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     path.mkdir(parents=True)
     (path / SHARD).write_bytes(CONTENT)
     files = {SHARD: FileRecord(len(CONTENT), xxhash.xxh3_128_hexdigest(CONTENT))}
-    manifest = Manifest(FORMAT_VERSION, step, scalars={"step": step}, details={}, files=files)
-    (path / MANIFEST).write_text(json.dumps(asdict(manifest)))
+    manifest = Manifest(FORMAT_VERSION, step, {"step": step}, details={}, tensors={}, states={}, files=files)
+    (path / MANIFEST).write_text(to_text(manifest))
     return path
 
 
@@ -33,8 +39,14 @@ def damage(path: Path) -> None:
     assert find_damage(path) is not None
 
 
-def settings(resume: str) -> Checkpoint:
-    return Checkpoint(interval=1, keep=1, resume=resume)
+def settings(resume: str = "auto", keep: int = 1, keep_every: int = 0) -> Checkpoint:
+    return Checkpoint(
+        interval=1, keep=keep, keep_every=keep_every, async_save=False, timeout_seconds=1, resume=resume
+    )
+
+
+def choose_checkpoint(folder: Path, settings: Checkpoint) -> Choice:
+    return choose(candidates(folder, settings))
 
 
 def steps(folder: Path) -> list[int]:
@@ -93,7 +105,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         choose_checkpoint(tmp_path, settings("auto"))
     (problem,) = caught.value.problems
-    assert (problem.setting, problem.value) == ("run.dir", tmp_path)
+    assert (problem.setting, problem.value) == ("checkpoint", tmp_path)
     assert all(f"step_0000000{step}: {SHARD}" in problem.rule for step in (1, 2))
 
 
@@ -117,7 +129,7 @@ def test_a_named_checkpoint_must_be_whole(is_damaged: bool, tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         choose_checkpoint(tmp_path / "run", settings(str(named)))
     (problem,) = caught.value.problems
-    assert (problem.setting, problem.value) == ("checkpoint.resume", named)
+    assert (problem.setting, problem.value) == ("checkpoint", named.parent)
     assert (SHARD if is_damaged else MANIFEST) in problem.rule
 
 
@@ -125,7 +137,18 @@ def test_a_named_checkpoint_must_be_whole(is_damaged: bool, tmp_path: Path) -> N
 def test_the_newest_stay(keep: int, left: list[int], tmp_path: Path) -> None:
     for step in (10, 20, 30):
         make_checkpoint(tmp_path, step)
-    remove_old(checkpoint_path(tmp_path, 30), keep)
+    remove_old(checkpoint_path(tmp_path, 30), settings(keep=keep))
+    assert steps(tmp_path) == left
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "left"),
+    [(20, [20, 40, 50]), (30, [30, 50]), (50, [50]), (7, [50]), (10, [10, 20, 30, 40, 50])],
+)
+def test_some_stay_for_good(keep_every: int, left: list[int], tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        make_checkpoint(tmp_path, step)
+    remove_old(checkpoint_path(tmp_path, 50), settings(keep=1, keep_every=keep_every))
     assert steps(tmp_path) == left
 
 
@@ -134,7 +157,7 @@ def test_damaged_ones_of_later_steps_push_no_good_one_out(tmp_path: Path) -> Non
     for step in (10, 20):
         make_checkpoint(tmp_path, step)
     damage(make_checkpoint(tmp_path, 30))
-    remove_old(checkpoint_path(tmp_path, 20), keep=1)
+    remove_old(checkpoint_path(tmp_path, 20), settings(keep=1))
     assert steps(tmp_path) == [20, 30]
     assert choose_checkpoint(tmp_path, settings("auto")).path == checkpoint_path(tmp_path, 20)
 
@@ -143,5 +166,5 @@ def test_what_killed_saves_left_goes_and_nothing_else(tmp_path: Path) -> None:
     newest = make_checkpoint(tmp_path, 30)
     make_checkpoint(tmp_path, 20).rename(tmp_path / "step_00000020.tmp")
     make_checkpoint(tmp_path, 10).rename(tmp_path / "best")
-    remove_old(newest, keep=1)
+    remove_old(newest, settings(keep=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", newest.name]

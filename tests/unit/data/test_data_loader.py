@@ -72,13 +72,13 @@ def test_too_few_tokens(split: Split) -> None:
 
 
 @given(
-    step=st.integers(min_value=0, max_value=10**9),
+    first=st.integers(min_value=0, max_value=10**12),
     micro_batch_size=st.integers(min_value=1, max_value=8),
     num_microbatches=st.integers(min_value=1, max_value=6),
     dp_size=st.integers(min_value=1, max_value=16),
 )
 def test_a_step_reads_the_same_samples_on_any_number_of_ranks(
-    step: int, micro_batch_size: int, num_microbatches: int, dp_size: int
+    first: int, micro_batch_size: int, num_microbatches: int, dp_size: int
 ) -> None:
     global_batch_size = micro_batch_size * num_microbatches * dp_size
     sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
@@ -86,9 +86,9 @@ def test_a_step_reads_the_same_samples_on_any_number_of_ranks(
         sample
         for rank in range(dp_size)
         for microbatch in range(num_microbatches)
-        for sample in microbatch_samples(step, microbatch, rank, **sizes)
+        for sample in microbatch_samples(first, microbatch, rank, **sizes)
     ]
-    assert sorted(read) == list(range(step * global_batch_size, (step + 1) * global_batch_size))
+    assert sorted(read) == list(range(first, first + global_batch_size))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
@@ -97,7 +97,7 @@ def test_microbatches_of_all_ranks_are_the_global_batch(split: Split, dp_size: i
     read = [
         sequence.tolist()
         for rank in range(dp_size)
-        for tokens in batches.microbatches(3, rank, global_batch_size=8, micro_batch_size=2, dp_size=dp_size)
+        for tokens in batches.microbatches(24, rank, global_batch_size=8, micro_batch_size=2, dp_size=dp_size)
         for sequence in tokens
     ]
     assert sorted(read) == sorted(batches.samples(24, 8).tolist())

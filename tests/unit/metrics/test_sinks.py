@@ -30,6 +30,7 @@ def writer(
         wandb_project="project",
         config={"seed": 1},
         resume_step=resume_step,
+        warn=print,
     )
 
 
