@@ -4,6 +4,7 @@ start(folder, "train", "model=tiny")          # as a user starts it: a new inter
 fork(folder, "train", "model=tiny")           # forked from the warm process of harness.py: no import to wait
                                               # for; the same main(), exit code and standard streams
 fork(folder, ..., sabotage=function)          # after function() has broken something in that process
+ForkedJob(folder, ..., num_ranks=4)           # the same on several ranks, to be watched and killed
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from harness import free_port
@@ -63,29 +66,102 @@ def start(folder: Path, *arguments: str, num_ranks: int | None = None) -> Finish
     return Finished(result.returncode, result.stdout, result.stderr)
 
 
+class ForkedJob:
+    """A command on one or several ranks, without a launcher; all of it is killed at the end of the `with`.
+
+    sabotage: called in each rank before the command; must be importable by name (module level).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        num_ranks: int = 1,
+        sabotage: Callable[[], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["warm"])
+        self.arguments = arguments
+        self._streams = tempfile.TemporaryDirectory(prefix="command-")
+        self._files = [
+            [Path(self._streams.name, f"{name}{rank}") for name in ("stdout", "stderr")]
+            for rank in range(num_ranks)
+        ]
+        port = free_port()
+        self.processes: list[ForkServerProcess] = []
+        for rank in range(num_ranks):
+            place = dict(environment or {})  # the forkserver has the environment of its own start
+            if num_ranks > 1:
+                place |= _rank_environment(rank, num_ranks, port)
+            process = context.Process(
+                target=_main, args=(str(folder), arguments, self._files[rank], sabotage, place), daemon=True
+            )
+            process.start()
+            self.processes.append(process)
+
+    def __enter__(self) -> ForkedJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._streams.cleanup()
+
+    @property
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks at once."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def wait(self, seconds: float = 120) -> list[Finished]:
+        """How every rank ended; an assertion with their output if one has not within `seconds`."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hung = self.is_alive
+        self.kill()
+        ended = [
+            Finished(process.exitcode, *(file.read_text(errors="replace") for file in files))
+            for process, files in zip(self.processes, self._files, strict=True)
+        ]
+        output = "".join(f"\n----- rank {rank} -----\n{end.output}" for rank, end in enumerate(ended))
+        assert not hung, f"distllm {' '.join(self.arguments)} hung:{output}"
+        return ended
+
+
 def fork(folder: Path, *arguments: str, sabotage: Callable[[], None] | None = None) -> Finished:
-    """`sabotage` must be importable by name (module level)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
-    with tempfile.TemporaryDirectory(prefix="command-") as streams:
-        files = [Path(streams, name) for name in ("stdout", "stderr")]
-        process = context.Process(target=_main, args=(str(folder), arguments, files, sabotage), daemon=True)
-        process.start()
-        process.join(120)
-        hung = process.is_alive()
-        process.kill()
-        process.join()
-        stdout, stderr = (file.read_text(errors="replace") for file in files)
-        assert not hung, f"distllm {' '.join(arguments)} hung:\n{stdout}{stderr}"
-        return Finished(process.exitcode, stdout, stderr)
+    """One process, to its end."""
+    with ForkedJob(folder, *arguments, sabotage=sabotage) as job:
+        return job.wait()[0]
+
+
+def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _main(
-    folder: str, arguments: tuple[str, ...], files: list[Path], sabotage: Callable[[], None] | None
+    folder: str,
+    arguments: tuple[str, ...],
+    files: list[Path],
+    sabotage: Callable[[], None] | None,
+    place: dict[str, str],
 ) -> None:
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     os.chdir(folder)
+    os.environ.update(place)
     import torch
 
     from distllm.__main__ import main
