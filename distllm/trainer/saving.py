@@ -42,6 +42,7 @@ class Checkpoints:
         self._reporter = reporter
         self.last_saved_step = start.step
         self._last_error: str | None = None
+        self._retention_error: str | None = None
 
     def save(self, state: TrainState, reason: str) -> None:
         """Begin to save; with `checkpoint.async_save` the write goes on in the background. Collective."""
@@ -60,6 +61,10 @@ class Checkpoints:
         """Tell what has become of saves; an error that is not the disk's is raised here."""
         for outcome in self._saver.outcomes():
             self._tell(outcome)
+        if self._retention_error:
+            self._reporter.event("old checkpoint stays", self._retention_error)
+            self._reporter.warn(f"an old checkpoint could not be removed: {self._retention_error}")
+            self._retention_error = None
 
     def finish(self) -> None:
         """Wait for what is being written. OSError where the last save has failed: its steps would be lost."""
@@ -76,8 +81,8 @@ class Checkpoints:
         }
         if outcome.error:
             self._reporter.event("checkpoint failed", outcome.error, step=outcome.step, **times)
-            self._reporter.progress.note(
-                f"WARNING: step {outcome.step}: no checkpoint could be written, training goes on without: "
+            self._reporter.warn(
+                f"step {outcome.step}: no checkpoint could be written, training goes on without: "
                 f"{outcome.error}"
             )
             return
@@ -89,8 +94,12 @@ class Checkpoints:
         )
 
     def _remove_old(self, newest: Path) -> None:
+        """In the background, so what goes wrong is told by `report`; a checkpoint too many ends no job."""
         if self._reporter.is_main:
-            remove_old(newest, self._config.checkpoint)
+            try:
+                remove_old(newest, self._config.checkpoint)
+            except OSError as error:
+                self._retention_error = str(error)
 
 
 def checkpoint_details(

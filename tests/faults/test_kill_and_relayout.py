@@ -16,8 +16,8 @@ from commands import ForkedJob
 from runs import SAMPLES, SMALL_RUN, curve, read_rows, record_samples, recorded_samples, status, write_corpus
 
 STEPS = 20
-# At 0.003, SMALL_RUN's rate, a tied run takes a step with a gradient of norm 165 after which also uninterrupted
-# runs of two layouts differ by 1e-4; at 0.001 they stay within 4e-6.
+# At 0.003, SMALL_RUN's rate, a tied run takes a step with a gradient of norm 165, after which uninterrupted
+# runs of two layouts differ by 1e-4 too; at 0.001 they stay within 4e-6.
 RUN = (*SMALL_RUN, "optimizer.lr=0.001", f"train.steps={STEPS}", "checkpoint.interval=3")
 
 # name: (ranks, overrides)
