@@ -212,6 +212,29 @@ def test_more_steps_go_on_where_the_run_ended(workplace: Workplace, single: Fini
     assert starts == [0, 6]
 
 
+def test_a_resume_may_change_the_batch_and_the_rate(workplace: Workplace, single: Finished) -> None:
+    """No sample is lost or repeated by another batch size; what has changed is told."""
+    changes = ["train.steps=16", "train.global_batch_size=4", "optimizer.lr=0.001", "zero.stage=0"]
+    run = workplace.copy("single", "changed")
+    result = workplace.train("changed", *changes)
+    assert result.exit_code == 0, result.output
+    rows = [row for row in read_rows(run) if "loss" in row]
+    assert [row["consumed_samples"] for row in rows] == [
+        *range(8, 8 * STEPS + 1, 8),
+        *range(8 * STEPS + 4, 8 * STEPS + 17, 4),
+    ]
+    assert [row["learning_rate"] for row in rows[-4:]] == [0.001] * 4
+    (event,) = [event for event in events(run) if event["kind"] == "changed settings"]
+    told = {name: change for name, change in event.items() if "." in name}
+    assert told == {
+        "optimizer.lr": "0.003 -> 0.001",
+        "train.global_batch_size": "8 -> 4",
+        "train.steps": "12 -> 16",
+        "zero.stage": "1 -> 0",
+    }
+    assert "train.global_batch_size: 8 -> 4" in result.stdout
+
+
 def die_after_six_steps() -> None:
     """kill -9 between two steps, the sixth being two behind the last checkpoint."""
     loop: Any = importlib.import_module("distllm.trainer.loop")

@@ -221,6 +221,23 @@ def test_any_layout_reads_what_any_other_wrote(
             )
 
 
+def test_precision_may_change(
+    folder: Path, written: dict[int, list[list[StepResult]]], tmp_path: Path
+) -> None:
+    """A job in bf16 goes on from one in fp32: not a bit of the fp32 weights and states is lost on the way,
+    and its next losses are those of bf16 (3e-3: eight bits of mantissa over a few layers)."""
+    stages = [(0, 3), (1, 1), (3, 2), (2, 0)]
+    moves = [
+        (folder / "2" / str(a), tmp_path / f"{a}{b}", (f"zero.stage={b}", "train.precision=bf16"))
+        for a, b in stages
+    ]
+    for results in run_ranks(2, reload_all, moves):
+        for (a, b), (source, copy, _), (_, steps) in zip(stages, moves, results, strict=True):
+            assert differences(plain_read(copy), plain_read(source)) == [], f"stage {a} to {b}"
+            expected = [step.loss for step in written[2][a]]
+            assert [step.loss for step in steps] == pytest.approx(expected, rel=3e-3), f"stage {a} to {b}"
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_element_is_in_the_file_exactly_once(
     stage: int, folder: Path, written: dict[int, list[list[StepResult]]]
