@@ -229,9 +229,26 @@ class Checkpoint:
 
 @dataclass(frozen=True, config=STRICT)
 class Fault:
-    """hang_seconds: a collective that takes longer ends the job."""
+    """hang_seconds: a collective that takes longer ends the job.
+
+    A step whose loss or gradients are not finite is tried again once, and then its samples are skipped. A
+    spike is a loss or a gradient norm beyond median + spike_threshold robust standard deviations of the last
+    spike_window steps (once there are as many).
+    spike_action: `skip` leaves out the samples of the step; `rewind` goes back to the last checkpoint first;
+        `off` lets spikes pass.
+    max_refused_steps: in a row, before the job gives up. max_rewinds: in one start of the job.
+    grace_seconds: between the signal that asks to stop (SIGTERM, SIGUSR1) and the end of patience.
+    inject: faults for tests, each KIND:KEY=VALUE,... (see trainer/inject.py).
+    """
 
     hang_seconds: PositiveInt
+    spike_action: Literal["off", "skip", "rewind"]
+    spike_window: Annotated[int, Field(ge=8)]
+    spike_threshold: PositiveFloat
+    max_refused_steps: PositiveInt
+    max_rewinds: NonNegativeInt
+    grace_seconds: PositiveInt
+    inject: list[str]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import safe_set_full_grad
 from torch import Tensor, nn
 
@@ -94,3 +96,56 @@ def set_tied_gradient(zero_optimizer: Any, parameter: Any, gradient: Tensor, is_
         owned = owned_range(zero_optimizer, parameter)
         part = flat[owned.start : owned.stop] if owned and is_primary else flat[:0]
         norms[zero_optimizer.get_param_id(parameter)] = part.float().norm()
+
+
+class NormJudge:
+    """Asks `allows(norm)` between the gradient norm and the update; what is refused does not happen.
+
+    DeepSpeed's three classes skip an update, and drop its gradients, when the norm is not finite: where the
+    judge refuses, they see infinity. norm: the true one of the last step, NaN where it is not finite.
+    """
+
+    def __init__(self, zero_optimizer: Any, stage: int) -> None:
+        self.allows: Callable[[float], bool] = lambda norm: True
+        self.norm = math.nan
+        if stage == 3:
+            norm_groups = zero_optimizer._get_norm_groups
+            zero_optimizer._get_norm_groups = lambda: self._judged(
+                groups := norm_groups(), combine_grad_norm_groups(groups)
+            )
+        elif hasattr(zero_optimizer, "scaled_global_norm"):
+            global_norm = zero_optimizer.scaled_global_norm
+            zero_optimizer.scaled_global_norm = lambda: self._judged([norm := global_norm()], norm)[0]
+        else:
+            self._wrap_bf16_optimizer(zero_optimizer)
+        step = zero_optimizer.step
+
+        def forget_and_step(*arguments: Any, **keywords: Any) -> None:
+            self.norm = math.nan  # which stays where DeepSpeed finds infinities before it takes the norm
+            step(*arguments, **keywords)
+
+        zero_optimizer.step = forget_and_step
+
+    def _wrap_bf16_optimizer(self, zero_optimizer: Any) -> None:
+        gradients_for_norm = zero_optimizer.get_grads_for_norm
+
+        def judged(for_clipping: bool = False) -> Any:
+            result = gradients_for_norm(for_clipping)
+            if for_clipping:
+                return result
+            gradients, expert_gradients = result
+            norm = get_global_norm_of_tensors(
+                gradients, mpu=zero_optimizer.mpu, norm_type=zero_optimizer.norm_type
+            )
+            return self._judged(gradients, norm), expert_gradients
+
+        zero_optimizer.get_grads_for_norm = judged
+
+    def _judged(self, values: list[Tensor], norm: Tensor | float) -> list[Tensor]:
+        """`values`, or infinity in their place. DeepSpeed says -1 for a norm that is not finite."""
+        value = float(norm)
+        self.norm = value if value >= 0 and math.isfinite(value) else math.nan
+        if self.allows(self.norm):
+            return values
+        device = norm.device if isinstance(norm, Tensor) else None
+        return [torch.tensor(math.inf, device=device)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distllm.engine.gradient_watch import GradientWatch
 from distllm.engine.pipeline import Microbatch, all_logits, loss_sums, train_loss
 from distllm.engine.tied import copy_from_first_stage
 from distllm.layout.fragment import Fragment
@@ -18,11 +20,36 @@ from distllm.layout.place import Place
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What loss and gradient norm of a step may reach; above it, or not finite, there is no update."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+    def allow(self, loss: float, grad_norm: float) -> bool:
+        return (
+            math.isfinite(loss)
+            and math.isfinite(grad_norm)
+            and loss <= self.loss
+            and grad_norm <= self.grad_norm
+        )
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the tokens of the global batch, in nats. grad_norm: global, before clipping."""
+    """loss: mean over the tokens of the global batch, in nats. grad_norm: global, before clipping.
+
+    is_applied: whether the optimizer has moved. All three are equal on all ranks. wants_stop: whether any
+    rank was asked to stop.
+    """
 
     loss: float
     grad_norm: float
+    is_applied: bool = True
+    wants_stop: bool = False
 
 
 class Engine(ABC):
@@ -43,14 +70,38 @@ class Engine(ABC):
         self.places = places
         self.groups = groups
         self.device = next(iter(places)).device
+        self.gradient_watch = GradientWatch(places)
 
-    def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepResult:
-        """One optimizer update from this rank's microbatches of the global batch."""
+    def train_step(
+        self,
+        microbatches: Sequence[Microbatch],
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        wants_stop: bool = False,
+    ) -> StepResult:
+        """One optimizer update from this rank's microbatches of the global batch, unless `limits` forbid it.
+
+        The update is a transaction: loss and gradient norm are judged on all ranks before the optimizer moves
+        on any; after a refusal weights and states are what they were, and the gradients are gone.
+        """
+        self.gradient_watch.begin_step()
         self._begin_step(len(microbatches))
-        loss = train_loss(self.chunks, microbatches, self.groups)
-        grad_norm = self._optimizer_step(learning_rate)
-        dist.all_reduce(loss, op=dist.ReduceOp.SUM, group=self.groups.data)
-        return StepResult(loss.item() / self.groups.grid.data, grad_norm)
+        local_loss = train_loss(self.chunks, microbatches, self.groups)
+        loss, is_stopping = self._combine(local_loss, wants_stop)
+        self.gradient_watch.local_loss = local_loss
+        grad_norm, is_applied = self._optimizer_step(
+            learning_rate, lambda grad_norm: limits.allow(loss, grad_norm)
+        )
+        return StepResult(loss, grad_norm, is_applied, is_stopping)
+
+    def _combine(self, local_loss: Tensor, wants_stop: bool) -> tuple[float, bool]:
+        """Mean loss over the data-parallel ranks, and whether any rank of the world wants to stop."""
+        combined = torch.stack([local_loss.float(), local_loss.new_tensor(float(wants_stop)).float()])
+        dist.all_reduce(combined, group=self.groups.data)
+        stops = combined[1:]
+        dist.all_reduce(stops, group=self.groups.model)
+        loss, num_stops = combined.tolist()
+        return loss / self.groups.grid.data, num_stops > 0
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """[sum of losses in nats, number of labels] of all ranks' microbatches, by their weights."""
@@ -93,8 +144,11 @@ class Engine(ABC):
         """Called before the first forward pass of a training step."""
 
     @abstractmethod
-    def _optimizer_step(self, learning_rate: float) -> float:
-        """Reduce what is not reduced yet, clip, update; returns the global gradient norm before clipping."""
+    def _optimizer_step(self, learning_rate: float, allows: Callable[[float], bool]) -> tuple[float, bool]:
+        """Reduce what is not reduced yet, and if `allows(norm)`, clip and update.
+
+        Returns the global gradient norm before clipping, and whether the update happened.
+        """
 
     @abstractmethod
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:

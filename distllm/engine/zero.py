@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distllm.config.schema import Config
 from distllm.engine.deepspeed_quirks import (
+    NormJudge,
     count_replicas_once,
     forward_in_flight_counters,
     quieten,
@@ -59,6 +60,7 @@ class ZeroEngine(Engine):
             config=deepspeed_config(config, _largest_stage_numel(places, groups)),
         )
         count_replicas_once(self.zero_optimizer, places, groups.coordinates.tensor, self.stage)
+        self.norm_judge = NormJudge(self.zero_optimizer, self.stage)
         self.reset_trace = reset_trace_once_per_step(self.zero_optimizer) if self.stage == 3 else None
         self.num_microbatches = 0
         self.num_backwards = [0] * len(chunks)
@@ -117,14 +119,15 @@ class ZeroEngine(Engine):
             return self.num_backwards[index] == self.num_microbatches
         return all(number == self.num_microbatches for number in self.num_backwards)
 
-    def _optimizer_step(self, learning_rate: float) -> float:
+    def _optimizer_step(self, learning_rate: float, allows: Callable[[float], bool]) -> tuple[float, bool]:
         assert set(self.num_backwards) == {self.num_microbatches}, "some backward passes did not happen"
         self._add_up_tied_gradients()
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.set_gradient_accumulation_boundary(True)
+        self.norm_judge.allows = allows
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())
+        return self.norm_judge.norm, not self.zero_optimizer.overflow
 
     def _add_up_tied_gradients(self) -> None:
         """Both copies of a tied embedding get the sum of their gradients, wherever ZeRO keeps these."""

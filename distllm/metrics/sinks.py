@@ -38,6 +38,7 @@ class MetricsWriter:
         self._rows = PatientLines(run.metrics_path, warn)
         start_wandb = require_wandb() if wandb else None  # refuse before any row is dropped
         drop_rows_after(run.metrics_path, resume_step)
+        self._run = run
         self._event_file = EventFile(run.tensorboard_path, resume_step) if tensorboard else None
         self._wandb_run = None
         if start_wandb:
@@ -58,6 +59,14 @@ class MetricsWriter:
         if self._wandb_run:
             # W&B refuses steps that it has seen: after a rewind it keeps the first value of each.
             self._wandb_run.log(scalars, step=step)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`, which training goes back to."""
+        self._rows.flush()
+        drop_rows_after(self._run.metrics_path, step)
+        if self._event_file:
+            self._event_file.close()
+            self._event_file = EventFile(self._run.tensorboard_path, step)
 
     def _write_event(self, scalars: Mapping[str, float], step: int) -> None:
         """TensorBoard's file only repeats metrics.jsonl: where the disk refuses it, it ends."""

@@ -14,7 +14,9 @@ from distllm.model.build import build_model
 from distllm.model.size import flops_per_token
 from distllm.runtime.devices import peak_flops
 from distllm.runtime.dist import Runtime
+from distllm.runtime.signals import StopRequest
 from distllm.trainer.evaluate import Validation, create_validation
+from distllm.trainer.inject import Injector
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.resume import Start, restore
 from distllm.trainer.saving import Checkpoints
@@ -39,6 +41,8 @@ class Job:
     reporter: Reporter
     checkpoints: Checkpoints
     start: TrainState
+    injector: Injector
+    stop_request: StopRequest
     flops_per_token: float
     peak_flops: float | None
 
@@ -52,7 +56,13 @@ def refuse_short_data(config: Config, prepared: PreparedData) -> None:
 
 
 def build_job(
-    config: Config, runtime: Runtime, groups: Groups, prepared: PreparedData, start: Start, reporter: Reporter
+    config: Config,
+    runtime: Runtime,
+    groups: Groups,
+    prepared: PreparedData,
+    start: Start,
+    reporter: Reporter,
+    stop_request: StopRequest,
 ) -> Job:
     """Build all parts and load the checkpoint that `start` names. Collective."""
     batches = Batches(prepared.train, config.model.seq_length, config.train.seed)
@@ -73,6 +83,8 @@ def build_job(
         reporter=reporter,
         checkpoints=Checkpoints(config, engine, prepared, reporter, start.state),
         start=start.state,
+        injector=Injector(config.fault.inject, runtime.rank),
+        stop_request=stop_request,
         flops_per_token=flops_per_token(config.model, prepared.vocab_size),
         peak_flops=device_peak * runtime.world_size if device_peak else None,
     )

@@ -6,46 +6,78 @@ import time
 
 import torch
 
+from distllm.engine.engine import Limits, StepResult
 from distllm.engine.pipeline import Microbatch
 from distllm.engine.schedule import learning_rate
 from distllm.metrics.meter import Row, training_row
 from distllm.trainer.evaluate import validate
+from distllm.trainer.guards import limits
 from distllm.trainer.job import Job
+from distllm.trainer.recovery import Recovery
 from distllm.trainer.state import TrainState
 
 
-def fit(job: Job) -> None:
-    """Train from the job's first step to its last."""
+def fit(job: Job) -> TrainState:
+    """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
     config, reporter, state = job.config, job.reporter, job.start
-    while state.step < config.train.steps:
-        row = train_step(job, state)
-        state = state.after_step(config.train.global_batch_size)
-        reporter.training_row(row)
+    recovery = Recovery(job)
+    wants_stop = False
+    while state.step < config.train.steps and not wants_stop:
+        began, allowed = time.perf_counter(), limits(state, config.fault)
+        result = train_step(job, state, allowed)
+        wants_stop = result.wants_stop
+        if not result.is_applied:
+            state = recovery.after_refusal(result, allowed, state)
+            continue
+        recovery.after_success()
+        before, state = (
+            state,
+            state.after_step(
+                config.train.global_batch_size, result.loss, result.grad_norm, config.fault.spike_window
+            ),
+        )
+        reporter.training_row(make_row(job, before, state, result, time.perf_counter() - began))
         if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
             reporter.validation_row(validate(job.engine, job.validation, state.step))
         job.checkpoints.report()
         if is_due(state.step, config.checkpoint.interval, config.train.steps):
             job.checkpoints.save(state, "interval")
+    if wants_stop:
+        job.checkpoints.save_to_stop(state)
     job.checkpoints.finish()
+    return state
 
 
-def train_step(job: Job, state: TrainState) -> Row:
-    """One optimizer update; returns its row of metrics."""
+def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
+    """One optimizer update, if what comes out is within `allowed`."""
+    samples = state.samples(job.config.train.global_batch_size)
+    job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
+    return job.engine.train_step(
+        load_microbatches(job, state),
+        rate_of(job, state),
+        allowed,
+        wants_stop=job.stop_request.reason is not None,
+    )
+
+
+def rate_of(job: Job, state: TrainState) -> float:
     config = job.config
-    start = time.perf_counter()
-    rate = learning_rate(
+    return learning_rate(
         state.step, peak=config.optimizer.lr, total_steps=config.train.steps, schedule=config.schedule
     )
-    result = job.engine.train_step(load_microbatches(job, state), rate)
+
+
+def make_row(job: Job, before: TrainState, state: TrainState, result: StepResult, seconds: float) -> Row:
+    """The row of the step that led from `before` to `state`."""
     return training_row(
-        step=state.step + 1,
+        step=state.step,
         loss=result.loss,
         grad_norm=result.grad_norm,
-        learning_rate=rate,
-        consumed_samples=state.next_sample + config.train.global_batch_size,
-        step_seconds=time.perf_counter() - start,
-        global_batch_size=config.train.global_batch_size,
-        seq_length=config.model.seq_length,
+        learning_rate=rate_of(job, before),
+        consumed_samples=state.consumed_samples,
+        step_seconds=seconds,
+        global_batch_size=job.config.train.global_batch_size,
+        seq_length=job.config.model.seq_length,
         flops_per_token=job.flops_per_token,
         peak_flops=job.peak_flops,
         peak_memory_bytes=job.runtime.peak_memory_bytes(),

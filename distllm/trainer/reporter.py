@@ -57,6 +57,11 @@ class Reporter:
                 f"step {row['step']}: validation {loss:.4f} nats per token, {bits:.4f} bits per byte"
             )
 
+    def rewind(self, step: int) -> None:
+        """Training goes back to where `step` updates were done."""
+        if self._writer:
+            self._writer.rewind(step)
+
     def event(self, kind: str, reason: str, **fields: object) -> None:
         if self.is_main:
             self._events.append(event_row(kind, reason, **fields))

@@ -49,20 +49,25 @@ def find_start(config: Config, prepared: PreparedData) -> Start:
     """Look into the run directory before anything expensive. Collective: all ranks share the verification."""
     run = RunDirectory(Path(config.run.dir), create=False)
     paths = on_main_rank(lambda: candidates(run.checkpoints_path, config.checkpoint))
-    choice = choose(paths, _find_damage_together)
+    choice = choose(paths, find_damage_together)
     if choice.path is None:
         return on_main_rank(lambda: _start_without_checkpoint(config, run))
     path = choice.path
     manifest = read_manifest(path)
     _refuse_other_job(config, prepared, manifest, path)
-    data = manifest.details["data"] or {"next_sample": 0}  # an imported model has seen none of our data
     return Start(
         path,
-        TrainState(manifest.step, data["next_sample"]),
+        saved_state(manifest),
         choice.damaged,
         finished=manifest.step >= config.train.steps,
         changed=changed_settings(manifest.details["config"], to_plain(config)),
     )
+
+
+def saved_state(manifest: Manifest) -> TrainState:
+    """An imported model has seen none of our data: it has no state."""
+    state = manifest.details.get("state")
+    return TrainState.from_plain(state) if state else TrainState(manifest.step)
 
 
 def restore(engine: Engine, path: Path) -> None:
@@ -107,7 +112,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Chang
     }
 
 
-def _find_damage_together(path: Path) -> str | None:
+def find_damage_together(path: Path) -> str | None:
     """`find_damage` by all ranks, each of them reading its share of the files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found: list[str | None] = [None] * world_size

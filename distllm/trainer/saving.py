@@ -40,12 +40,13 @@ class Checkpoints:
         self._engine = engine
         self._prepared = prepared
         self._reporter = reporter
-        self.last_saved_step = start.step
+        self._begun_step = start.step
         self._last_error: str | None = None
         self._retention_error: str | None = None
 
     def save(self, state: TrainState, reason: str) -> None:
         """Begin to save; with `checkpoint.async_save` the write goes on in the background. Collective."""
+        self._begun_step = state.step
         path = checkpoint_path(self._reporter.run.checkpoints_path, state.step)
         self._engine.before_save()
         contents = Contents(
@@ -55,6 +56,16 @@ class Checkpoints:
             tokenizer_files(self._prepared.tokenizer_folder),
         )
         self._saver.save(path, self._engine.fragments(), contents, after=lambda: self._remove_old(path))
+        self.report()
+
+    def save_to_stop(self, state: TrainState) -> None:
+        """Save where the job was asked to stop, unless that is saved or being saved."""
+        if self._config.checkpoint.interval and state.step != self._begun_step:
+            self.save(state, "stop")
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        self._saver.wait()
         self.report()
 
     def report(self) -> None:
@@ -68,8 +79,7 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait for what is being written. OSError where the last save has failed: its steps would be lost."""
-        self._saver.wait()
-        self.report()
+        self.wait()
         if self._last_error:
             raise OSError(f"the last checkpoint could not be written: {self._last_error}")
 
@@ -86,7 +96,6 @@ class Checkpoints:
                 f"{outcome.error}"
             )
             return
-        self.last_saved_step = outcome.step
         self._reporter.event("checkpoint", "saved", step=outcome.step, path=str(outcome.path), **times)
         waited = f", training waited {duration(outcome.blocking_seconds)}" if self._saver.is_async else ""
         self._reporter.progress.note(
@@ -113,8 +122,8 @@ def checkpoint_details(
         "data": {
             "fingerprint": prepared.fingerprint,
             "num_train_tokens": prepared.train.num_tokens,
-            "next_sample": state.next_sample,
         },
+        "state": state.to_plain(),
         "tokenizer": {"folder": TOKENIZER_FOLDER, "vocab_size": prepared.vocab_size},
         "versions": {"distllm": __version__} | {name: version(name) for name in LIBRARIES},
     }

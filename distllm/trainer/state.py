@@ -2,16 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
 class TrainState:
     """step: updates done. next_sample: global sample number with which the next step begins; the order of the
-    data is a function of it alone, so it is the whole state of the data."""
+    data is a function of it alone, so it is the whole state of the data.
+
+    skipped: ranges [first, end) of samples that no update has seen or will see, in order.
+    losses, grad_norms: of the last steps, newest last, for the bounds of the guard.
+    """
 
     step: int = 0
     next_sample: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
 
-    def after_step(self, global_batch_size: int) -> TrainState:
-        return TrainState(self.step + 1, self.next_sample + global_batch_size)
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that updates have seen."""
+        return self.next_sample - sum(end - first for first, end in self.skipped if end <= self.next_sample)
+
+    def samples(self, global_batch_size: int) -> range:
+        """Of the next step."""
+        return range(self.next_sample, self.next_sample + global_batch_size)
+
+    def after_step(self, global_batch_size: int, loss: float, grad_norm: float, window: int) -> TrainState:
+        return replace(
+            self,
+            step=self.step + 1,
+            next_sample=self.next_sample + global_batch_size,
+            losses=(*self.losses, loss)[-window:],
+            grad_norms=(*self.grad_norms, grad_norm)[-window:],
+        )._past_skipped(global_batch_size)
+
+    def without(self, samples: range) -> TrainState:
+        """The same, but that these samples will not be trained on."""
+        skipped = (*self.skipped, (samples.start, samples.stop))
+        return replace(self, skipped=tuple(sorted(skipped)))._past_skipped(len(samples))
+
+    def _past_skipped(self, global_batch_size: int) -> TrainState:
+        """Begin the next step after skipped ranges that it would meet; where a range begins within the step
+        (the batch size has changed since), what comes before it is skipped too."""
+        state = self
+        for first, end in self.skipped:
+            if first < state.next_sample + global_batch_size and end > state.next_sample:
+                widened = (min(first, state.next_sample), end)
+                skipped = tuple(widened if part == (first, end) else part for part in state.skipped)
+                state = replace(state, next_sample=end, skipped=skipped)
+        return state
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON values, for the manifest of a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> TrainState:
+        """What `to_plain` made, read back from JSON."""
+        return cls(
+            step=plain["step"],
+            next_sample=plain["next_sample"],
+            skipped=tuple((first, end) for first, end in plain["skipped"]),
+            losses=tuple(plain["losses"]),
+            grad_norms=tuple(plain["grad_norms"]),
+        )

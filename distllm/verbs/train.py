@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from distllm.config.compose import config_hash, to_yaml
 from distllm.config.schema import Config
@@ -15,11 +18,14 @@ from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
+from distllm.runtime.signals import StopRequest
 from distllm.trainer.describe import describe_start, finish_outputs
-from distllm.trainer.job import build_job, refuse_short_data
+from distllm.trainer.job import Job, build_job, refuse_short_data
 from distllm.trainer.loop import fit
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
+
+EXIT_PREEMPTED = 3
 
 
 def run(config: Config) -> int:
@@ -28,8 +34,8 @@ def run(config: Config) -> int:
     prepared = prepare(config.data, config.tokenizer, report_progress if dist.is_main() else lambda _: None)
     refuse_short_data(config, prepared)
     runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
-    succeeded = False
-    lock = _RunLock(Path(config.run.dir))
+    succeeded, exit_code = False, 0
+    lock, stop_request = _RunLock(Path(config.run.dir)), StopRequest()
     try:
         dist.assert_equal_on_all_ranks("config", config_hash(config))
         dist.on_main_rank(lock.take_if_there)
@@ -38,12 +44,13 @@ def run(config: Config) -> int:
             _say_finished(config, start, runtime)
         else:
             dist.on_main_rank(lock.take)
-            _train(config, runtime, prepared, start)
+            exit_code = _train(config, runtime, prepared, start, stop_request)
         succeeded = True
     finally:
         lock.release()
         dist.stop(succeeded)
-    return 0
+        stop_request.close()
+    return exit_code
 
 
 class _RunLock:
@@ -67,7 +74,9 @@ class _RunLock:
             self._lock.release()
 
 
-def _train(config: Config, runtime: Runtime, prepared: PreparedData, start: Start) -> None:
+def _train(
+    config: Config, runtime: Runtime, prepared: PreparedData, start: Start, stop_request: StopRequest
+) -> int:
     grid = Grid.from_world_size(
         runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
     )
@@ -77,12 +86,15 @@ def _train(config: Config, runtime: Runtime, prepared: PreparedData, start: Star
     begin = time.monotonic()
     groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
     try:
-        job = build_job(config, runtime, groups, prepared, start, reporter)
-        fit(job)
+        job = build_job(config, runtime, groups, prepared, start, reporter, stop_request)
+        end = fit(job)
         reporter.close()
+        if end.step < config.train.steps:
+            return _say_preempted(end.step, job)
         finish_outputs(job, time.monotonic() - begin)
         reporter.status("completed", "all steps are done", step=config.train.steps)
         reporter.event("stop", "all steps are done", step=config.train.steps)
+        return 0
     except BaseException as error:
         reporter.status("failed", f"{type(error).__name__}: {error}")
         reporter.event("stop", f"{type(error).__name__}: {error}")
@@ -90,6 +102,23 @@ def _train(config: Config, runtime: Runtime, prepared: PreparedData, start: Star
         raise
     finally:
         destroy_groups()
+
+
+def _say_preempted(step: int, job: Job) -> int:
+    """The exit code of a job that stopped because it was asked to, and can go on.
+
+    torchrun restarts whatever ends with another code than 0: under its agent only `status.json` tells.
+    """
+    signals: list[str | None] = [None] * job.runtime.world_size
+    torch.distributed.all_gather_object(signals, job.stop_request.reason)
+    asked = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(signals) if name)
+    reason = f"asked to stop by {asked}"
+    job.reporter.status("preempted", reason, step=step)
+    job.reporter.event("stop", reason, step=step, state="preempted")
+    job.reporter.say(
+        f"stopped after step {step} of {job.config.train.steps}: {reason}. The same command goes on."
+    )
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
 
 
 def _open_run(

@@ -1,0 +1,50 @@
+"""The wish to stop: SIGTERM and SIGUSR1 become a flag that the training loop looks at.
+
+A Python handler runs in the main thread between two instructions: while that waits inside a collective, it
+does not run. So the interpreter is asked to write each signal's number to a pipe, and a thread reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Listens from its construction on, in the main thread; `close` gives the signals back.
+
+    reason: name of the signal that asked to stop, None so far.
+    notify: called once with it, in the listening thread.
+    """
+
+    def __init__(self, notify: Callable[[str], None] = lambda reason: None) -> None:
+        self.reason: str | None = None
+        self._notify = notify
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
+        self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self._writer)  # which ends the thread
+
+    def _listen(self) -> None:
+        while received := os.read(self._reader, 1):
+            number = received[0]
+            if number in STOP_SIGNALS and self.reason is None:
+                self.reason = signal.Signals(number).name
+                self._notify(self.reason)
+        os.close(self._reader)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN: that would not be written to the pipe, and be inherited by children."""
