@@ -79,7 +79,12 @@ def _run(arguments: list[str]) -> int:
         return int(importlib.import_module(module).run(request))
     if request.is_sweep:
         return sweep.run(request)
-    config = compose.load(request)
+    try:
+        config = compose.load(request)
+    except UserError as error:
+        from distllm.plan.replan import replanned
+
+        config = replanned(error, request.world_size, verb)
     quiet.silence()  # before the verb's module imports torch and what builds on it
     return int(importlib.import_module(module).run(config))
 

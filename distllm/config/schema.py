@@ -238,6 +238,10 @@ class Fault:
         `off` lets spikes pass.
     max_refused_steps: in a row, before the job gives up. max_rewinds: in one start of the job.
     grace_seconds: between the signal that asks to stop (SIGTERM, SIGUSR1) and the end of patience.
+    replan: where the layout is not legal on as many ranks as there are, as after the loss of a node, take the
+        nearest legal one with the same global batch instead of a refusal. null: as launch/torchrun.sh says,
+        which asks for it when the number of nodes may vary (DISTLLM_ELASTIC=1).
+    replanned: what was changed so and why; written, not to be set.
     inject: faults for tests, each KIND:KEY=VALUE,... (see trainer/inject.py).
     """
 
@@ -248,6 +252,8 @@ class Fault:
     max_refused_steps: PositiveInt
     max_rewinds: NonNegativeInt
     grace_seconds: PositiveInt
+    replan: bool | None
+    replanned: str | None
     inject: list[str]
 
 

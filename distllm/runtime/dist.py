@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from distllm.config.problems import UserError, user_error
 from distllm.runtime import cpu
+from distllm.runtime.launcher import die_with_launcher
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ def is_main() -> bool:
 
 def start(timeout: timedelta) -> Runtime:
     """Choose the device and create the world group: NCCL on GPUs, gloo without."""
+    die_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable

@@ -28,6 +28,7 @@ ORDER_SETTINGS = ("train.seed", "model.seq_length")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 # How the run is watched and kept, which is nobody's concern at a resume.
 UNTOLD_SECTIONS = ("run", "logging", "generate", "export", "import")
+UNTOLD_SETTINGS = ("fault.replanned",)
 
 Changes = dict[str, tuple[str, str]]
 
@@ -108,7 +109,9 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Chang
     return {
         name: (old.get(name, "unset"), new.get(name, "unset"))
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.partition(".")[0] not in UNTOLD_SECTIONS
+        if old.get(name) != new.get(name)
+        and name.partition(".")[0] not in UNTOLD_SECTIONS
+        and name not in UNTOLD_SETTINGS
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +17,10 @@ from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
+from distllm.runtime.launcher import is_plain_torchrun, is_under_agent
 from distllm.runtime.signals import StopRequest
 from distllm.trainer.describe import describe_start, finish_outputs
+from distllm.trainer.inject import parse
 from distllm.trainer.job import Job, build_job, refuse_short_data
 from distllm.trainer.loop import fit
 from distllm.trainer.reporter import Reporter, report_progress
@@ -30,6 +31,8 @@ EXIT_PREEMPTED = 3
 
 def run(config: Config) -> int:
     """One process of the job, on every rank alike; returns its exit code."""
+    for injection in config.fault.inject:
+        parse(injection)  # refused before anything is done
     # Before the world exists: a long preparation is no hang. The ranks of a node take turns by a file lock.
     prepared = prepare(config.data, config.tokenizer, report_progress if dist.is_main() else lambda _: None)
     refuse_short_data(config, prepared)
@@ -118,7 +121,7 @@ def _say_preempted(step: int, job: Job) -> int:
     job.reporter.say(
         f"stopped after step {step} of {job.config.train.steps}: {reason}. The same command goes on."
     )
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
+    return 0 if is_under_agent() else EXIT_PREEMPTED
 
 
 def _open_run(
@@ -134,10 +137,18 @@ def _open_run(
     for damage in start.damaged:
         reporter.event("damaged checkpoint", damage)
         reporter.say(f"WARNING: a damaged checkpoint was passed over: {damage}")
+    if config.fault.replanned:
+        reporter.event("replanned", config.fault.replanned)
+        reporter.say(f"WARNING: another layout than asked for, on {config.fault.replanned}")
     if start.changed:
         changed = {name: f"{before} -> {now}" for name, (before, now) in start.changed.items()}
         reporter.event("changed settings", "the command line differs from the checkpoint's", **changed)
         reporter.say(f"changed since the checkpoint: {', '.join(f'{k}: {v}' for k, v in changed.items())}")
+    if is_plain_torchrun():
+        reporter.warn(
+            "started by plain torchrun, under which a failed rank cannot be restarted in place "
+            "(pytorch#135712): use launch/torchrun.sh, which takes the same arguments"
+        )
     origin = f"resumed from {start.path}" if start.path else "from scratch"
     reporter.event("start", origin, step=start.state.step, world_size=runtime.world_size)
     reporter.status("running", origin, step=start.state.step)
