@@ -55,6 +55,8 @@ def start(timeout: timedelta) -> Runtime:
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable
     device = _choose_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # what the watchdog reports of NCCL
     device_id = device if device.type == "cuda" else None
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         # A store in memory: a single process needs no port, so any number of them run side by side.

@@ -10,6 +10,7 @@ from distllm.engine.engine import Limits, StepResult
 from distllm.engine.pipeline import Microbatch
 from distllm.engine.schedule import learning_rate
 from distllm.metrics.meter import Row, training_row
+from distllm.runtime.activity import Noted
 from distllm.trainer.evaluate import validate
 from distllm.trainer.guards import limits
 from distllm.trainer.job import Job
@@ -37,6 +38,7 @@ def fit(job: Job) -> TrainState:
             ),
         )
         reporter.training_row(make_row(job, before, state, result, time.perf_counter() - began))
+        job.activity.begin("validate and save", state.step)
         if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
             reporter.validation_row(validate(job.engine, job.validation, state.step))
         job.checkpoints.report()
@@ -51,9 +53,10 @@ def fit(job: Job) -> TrainState:
 def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
     """One optimizer update, if what comes out is within `allowed`."""
     samples = state.samples(job.config.train.global_batch_size)
+    job.activity.begin("train", state.step, (samples.start, samples.stop))
     job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
     return job.engine.train_step(
-        load_microbatches(job, state),
+        Noted(load_microbatches(job, state), job.activity),
         rate_of(job, state),
         allowed,
         wants_stop=job.stop_request.reason is not None,

@@ -16,6 +16,7 @@ from distllm.layout.groups import create_groups, destroy_groups
 from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
+from distllm.runtime.activity import Activity
 from distllm.runtime.dist import Runtime
 from distllm.runtime.launcher import is_plain_torchrun, is_under_agent
 from distllm.runtime.signals import StopRequest
@@ -25,6 +26,7 @@ from distllm.trainer.job import Job, build_job, refuse_short_data
 from distllm.trainer.loop import fit
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
+from distllm.trainer.watched import watched
 
 EXIT_PREEMPTED = 3
 
@@ -36,7 +38,8 @@ def run(config: Config) -> int:
     # Before the world exists: a long preparation is no hang. The ranks of a node take turns by a file lock.
     prepared = prepare(config.data, config.tokenizer, report_progress if dist.is_main() else lambda _: None)
     refuse_short_data(config, prepared)
-    runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
+    # Twice the watchdog's deadline: it speaks first and says more than a collective's timeout.
+    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
     succeeded, exit_code = False, 0
     lock, stop_request = _RunLock(Path(config.run.dir)), StopRequest()
     try:
@@ -89,8 +92,10 @@ def _train(
     begin = time.monotonic()
     groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
     try:
-        job = build_job(config, runtime, groups, prepared, start, reporter, stop_request)
-        end = fit(job)
+        activity = Activity()
+        job = build_job(config, runtime, groups, prepared, start, reporter, stop_request, activity)
+        with watched(config, runtime, activity, reporter):
+            end = fit(job)
         reporter.close()
         if end.step < config.train.steps:
             return _say_preempted(end.step, job)
