@@ -22,6 +22,7 @@ VERBS = {
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
+    "report": ("distllm.verbs.report", "say what became of a run's time"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
 }
 EXIT_INTERRUPTED = 130

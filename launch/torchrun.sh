@@ -21,6 +21,10 @@ export DISTLLM_LAUNCHER=torchrun.sh
 # Restarted ranks would read stale addresses from the store that the agent keeps between restarts, and fail
 # (pytorch#135712): with this they make a store of their own each time.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Where the number of nodes may vary, a job is laid out anew for the nodes that are left (fault.replan).
+if [[ " $* " =~ \ --nnodes[=\ ][0-9]+:[0-9]+\  ]]; then
+    export DISTLLM_ELASTIC=1
+fi
 # torchrun would set the same, with a warning.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -33,4 +37,9 @@ options=(
     # that has its least number of nodes waits 3 s for more instead of 30: who comes later joins by a restart.
     --rdzv-conf "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"
 )
+# Alone on one machine torchrun takes a static rendezvous, whose ranks meet in the agent's store whatever is set
+# above; --standalone has none of that, and any free port.
+if [[ ! " $* " =~ \ --(nnodes|node.rank|rdzv|master|standalone) ]]; then
+    options+=(--standalone)
+fi
 exec "$python" -m torch.distributed.run "${options[@]}" "$@"

@@ -274,6 +274,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "data": _DATA_RULES,
     "tokenizer": _DATA_RULES,
     "generate": (),
+    "report": (),
 }
 _FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
 ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
@@ -282,4 +283,5 @@ ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "data": _FILES,
     "tokenizer": _FILES,
     "generate": (),
+    "report": (),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -31,3 +32,11 @@ def die_with_launcher() -> None:
         return  # not Linux
     if os.getppid() == 1:
         os.kill(os.getpid(), signal.SIGKILL)  # the agent died before the call
+
+
+def seconds_since_start() -> float:
+    """Since this process was made; Linux counts it in ticks since boot."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return max(0.0, uptime - started)

@@ -11,6 +11,7 @@ from distllm.engine.pipeline import Microbatch
 from distllm.engine.schedule import learning_rate
 from distllm.metrics.meter import Row, training_row
 from distllm.runtime.activity import Noted
+from distllm.runtime.launcher import seconds_since_start
 from distllm.trainer.evaluate import validate
 from distllm.trainer.guards import limits
 from distllm.trainer.job import Job
@@ -22,13 +23,14 @@ def fit(job: Job) -> TrainState:
     """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
     config, reporter, state = job.config, job.reporter, job.start
     recovery = Recovery(job)
+    reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
     wants_stop = False
     while state.step < config.train.steps and not wants_stop:
         began, allowed = time.perf_counter(), limits(state, config.fault)
         result = train_step(job, state, allowed)
         wants_stop = result.wants_stop
         if not result.is_applied:
-            state = recovery.after_refusal(result, allowed, state)
+            state = recovery.after_refusal(result, allowed, state, time.perf_counter() - began)
             continue
         recovery.after_success()
         before, state = (
@@ -40,7 +42,9 @@ def fit(job: Job) -> TrainState:
         reporter.training_row(make_row(job, before, state, result, time.perf_counter() - began))
         job.activity.begin("validate and save", state.step)
         if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
-            reporter.validation_row(validate(job.engine, job.validation, state.step))
+            began = time.perf_counter()
+            row = validate(job.engine, job.validation, state.step)
+            reporter.validation_row(row | {"validation_seconds": time.perf_counter() - began})
         job.checkpoints.report()
         if is_due(state.step, config.checkpoint.interval, config.train.steps):
             job.checkpoints.save(state, "interval")

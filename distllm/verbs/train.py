@@ -18,7 +18,7 @@ from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
 from distllm.runtime.activity import Activity
 from distllm.runtime.dist import Runtime
-from distllm.runtime.launcher import is_plain_torchrun, is_under_agent
+from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
 from distllm.trainer.describe import describe_start, finish_outputs
 from distllm.trainer.inject import parse
@@ -86,8 +86,9 @@ def _train(
     grid = Grid.from_world_size(
         runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
     )
+    previous_sign = RunDirectory(Path(config.run.dir), create=False).last_sign()
     reporter = Reporter(config, runtime.is_main, start.state.step)
-    _open_run(config, runtime, prepared, start, reporter)
+    _open_run(config, runtime, prepared, start, reporter, previous_sign)
     reporter.say(describe_start(config, prepared, grid, start))
     begin = time.monotonic()
     groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
@@ -130,7 +131,12 @@ def _say_preempted(step: int, job: Job) -> int:
 
 
 def _open_run(
-    config: Config, runtime: Runtime, prepared: PreparedData, start: Start, reporter: Reporter
+    config: Config,
+    runtime: Runtime,
+    prepared: PreparedData,
+    start: Start,
+    reporter: Reporter,
+    previous_sign: float | None,
 ) -> None:
     """Make the run directory tell how this start came about."""
     if not runtime.is_main:
@@ -155,7 +161,16 @@ def _open_run(
             "(pytorch#135712): use launch/torchrun.sh, which takes the same arguments"
         )
     origin = f"resumed from {start.path}" if start.path else "from scratch"
-    reporter.event("start", origin, step=start.state.step, world_size=runtime.world_size)
+    reporter.event(
+        "start",
+        origin,
+        step=start.state.step,
+        world_size=runtime.world_size,
+        process_started=round(time.time() - seconds_since_start(), 3),
+        previous_sign=previous_sign,
+        lost_steps=reporter.lost_work.steps,
+        lost_seconds=round(reporter.lost_work.seconds, 3),
+    )
     reporter.status("running", origin, step=start.state.step)
 
 

@@ -90,4 +90,4 @@ def test_two_signals_are_one_wish(folder: Path) -> None:
                 os.kill(process.pid or 0, signal.SIGTERM)
         ends = job.wait()
     assert {end.exit_code for end in ends} == {3}
-    assert [event["kind"] for event in events(folder / "twice")] == ["start", "checkpoint", "stop"]
+    assert [event["kind"] for event in events(folder / "twice")] == ["start", "ready", "checkpoint", "stop"]

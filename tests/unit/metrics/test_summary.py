@@ -39,6 +39,7 @@ END = EndFacts(
     validation_loss=3.3,
     validation_bits_per_byte=1.832,
     gzip_bits_per_byte=2.51,
+    goodput="90% productive",
     files={"metrics": Path("runs/quickstart/metrics.jsonl"), "loss curve": Path("runs/quickstart/loss.png")},
     sample="def f(n):\n\treturn n",
 )
