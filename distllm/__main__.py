@@ -23,6 +23,8 @@ VERBS = {
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
+    "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
+    "import": ("distllm.verbs.import_", "start a run from the weights of a Hugging Face folder"),
 }
 EXIT_INTERRUPTED = 130
 
