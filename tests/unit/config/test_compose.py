@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distllm.config import compose
+from distllm.config import compose, validate
 from distllm.config.problems import UserError
 from distllm.config.schema import Config
 
@@ -105,6 +105,19 @@ def test_the_text_of_a_config_keeps_every_string_and_number(prompt: str, rate: f
         optimizer=dataclasses.replace(BASE.optimizer, lr=rate),
     )
     assert compose.from_yaml(compose.to_yaml(config)) == config
+
+
+def test_a_section_named_by_a_word_of_python_is_written_as_users_write_it() -> None:
+    config = load("import.path=folder")
+    assert config.import_.path == "folder"
+    assert validate.to_plain(config)["import"] == {"path": "folder"}
+    assert "import_" not in validate.to_plain(config)
+    assert "\nimport:\n  path: folder\n" in compose.to_yaml(config)
+    assert compose.config_hash(config) != compose.config_hash(BASE)
+    with pytest.raises(
+        UserError, match=r"import_=.*\n    rule: is not a setting of distllm\n    fix:  did you mean import"
+    ):
+        load("import_.path=folder")
 
 
 def test_a_spoilt_text_is_the_users_mistake() -> None:
