@@ -185,7 +185,7 @@ def config_hash(config: Config) -> str:
 
 
 def to_plain(config: Config) -> dict[str, dict[str, Any]]:
-    """{section: {setting: JSON value}}, the form in which a config is stored; sections as users write them."""
+    """{section: {setting: JSON value}}, the form in which a config is stored; named as users write it."""
     plain: dict[str, dict[str, Any]] = validate.ADAPTER.dump_python(config, mode="json", by_alias=True)
     return plain
 

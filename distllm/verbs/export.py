@@ -73,12 +73,13 @@ def whole_model(family: Family, model: Model, vocab_size: int) -> list[Counterpa
 def copy_tokenizer(source: Path, target: Path, end_of_document: str) -> None:
     """The tokenizer byte by byte, with the token that the model has learnt to end a text with."""
     shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
-    stored = {}
+    stored = None
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if (source / TOKENIZER_CONFIG).is_file():
         stored = json.loads((source / TOKENIZER_CONFIG).read_text())
-    # Without model_input_names, transformers 4 gives token types, too, which its Llama does not take.
-    names = {"model_input_names": ["input_ids", "attention_mask"]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **stored}
+        config = dict(stored)
+    # Without it, transformers 4 gives token types, too, which its Llama does not take.
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if token_text(config.get("eos_token")) != end_of_document:
         config["eos_token"] = end_of_document
     if config == stored:

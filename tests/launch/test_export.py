@@ -30,6 +30,7 @@ from transformers import (
 
 from distllm.data.indexed import TokenStream
 from distllm.data.order import sequence_numbers
+from distllm.verbs.export import copy_tokenizer
 
 BYTES = ("tokenizer=bytes",)
 GPT2 = (
@@ -143,7 +144,8 @@ def some_tokens() -> Tensor:
 
 def our_logits(rank: int, checkpoint: Path) -> Tensor:
     """[4, 32, vocab] of the model that trains, built from a checkpoint by the way of `generate`."""
-    from distllm.checkpoint.store import read_manifest, read_tensors
+    from distllm.checkpoint.manifest import read_manifest
+    from distllm.checkpoint.store import read_tensors
     from distllm.config import compose
     from distllm.engine.pipeline import all_logits
     from distllm.layout.grid import Grid
@@ -237,6 +239,37 @@ def test_a_named_checkpoint_is_exported_and_not_the_newest(workplace: Workplace)
     assert "step_00000004, step 4" in newest.stdout
     weights = [weights_of(workplace.folder / name) for name in ("named", "newest")]
     assert not any(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+STOP = {"content": "<|endoftext|>", "special": True}
+COMPLETE = {"eos_token": "<|endoftext|>", "model_input_names": ["input_ids"]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "written"),
+    [
+        (COMPLETE, None),
+        (COMPLETE | {"eos_token": STOP}, None),
+        (COMPLETE | {"eos_token": "</s>", "x": 1}, COMPLETE | {"x": 1}),
+        (
+            {"x": 1},
+            {"x": 1, "eos_token": "<|endoftext|>", "model_input_names": ["input_ids", "attention_mask"]},
+        ),
+    ],
+)
+def test_the_tokenizer_is_copied_and_ends_texts_as_the_model_does(
+    stored: dict[str, Any], written: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """written: None means the same bytes."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer.json").write_text("{ }")
+    (source / "tokenizer_config.json").write_text(json.dumps(stored))
+    copy_tokenizer(source, target, "<|endoftext|>")
+    assert (target / "tokenizer.json").read_text() == "{ }"
+    copied = (target / "tokenizer_config.json").read_text()
+    assert copied == json.dumps(stored) if written is None else json.loads(copied) == written
 
 
 # ---------------------------------------------------------------- import
