@@ -29,6 +29,7 @@ from distllm.config.schema import Config, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
 from distllm.metrics.format import count
 from distllm.metrics.run_directory import RunDirectory
+from distllm.metrics.run_lock import RunLock
 from distllm.model.size import count_parameters
 from distllm.runtime import dist
 from distllm.trainer.saving import LIBRARIES, TOKENIZER_FOLDER, tokenizer_files
@@ -65,7 +66,12 @@ def run(config: Config) -> int:
     stored = match_tensors(folder, family, find_tensors(folder), tensors)
     RunDirectory(run_directory.path)  # made and found writable
     path = checkpoint_path(run_directory.checkpoints_path, 0)
-    _write(config, path, tensors, stored, tokenizer.vocab_size)
+    lock = RunLock(run_directory.path)
+    try:
+        _refuse_used(run_directory)  # once more: another job may have been quicker
+        _write(config, path, tensors, stored, tokenizer.vocab_size)
+    finally:
+        lock.release()
     _say_how_to_go_on(config, path, theirs, tokenizer.vocab_size)
     return 0
 

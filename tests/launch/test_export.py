@@ -5,9 +5,11 @@ Each case is a small job, trained for a few steps, then exported, imported and e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shlex
+import subprocess
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from distllm.config import compose
 from distllm.data.indexed import TokenStream
 from distllm.data.order import sequence_numbers
 from distllm.verbs.export import copy_tokenizer
+from distllm.verbs.import_ import _quoted, overrides
 
 BYTES = ("tokenizer=bytes",)
 GPT2 = (
@@ -146,7 +150,6 @@ def our_logits(rank: int, checkpoint: Path) -> Tensor:
     """[4, 32, vocab] of the model that trains, built from a checkpoint by the way of `generate`."""
     from distllm.checkpoint.manifest import read_manifest
     from distllm.checkpoint.store import read_tensors
-    from distllm.config import compose
     from distllm.engine.pipeline import all_logits
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups, destroy_groups
@@ -333,6 +336,22 @@ def test_training_starts_from_a_model_of_transformers(
     expected = their_loss(model, first_batch(workplace.folder, seq_length=24))
     assert loss == pytest.approx(expected, rel=2e-3 if layout else 1e-5)
     assert ("is not taken over" in imported.stdout) == (family == "gpt2")
+
+
+@pytest.mark.parametrize("name", ["null", "1e3", "it's a $HOME", 'a,b=[c] "d"', "-x", "back\\slash", "café"])
+def test_what_is_printed_to_go_on_can_be_copied(name: str) -> None:
+    """Through a shell and Hydra, whatever the folder is called."""
+    config = compose.load(compose.parse("data", ["model=tiny", "tokenizer=bytes", "data.source=stdlib"]))
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=f"runs/{name}"),
+        model=dataclasses.replace(config.model, name=name, head_dim=24, norm_epsilon=3e-7),
+        tokenizer=dataclasses.replace(config.tokenizer, kind="huggingface", path=f"/models/{name}"),
+    )
+    command = f"printf '%s\\0' {' '.join(map(_quoted, overrides(config)))}"
+    arguments = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout.decode()
+    again = compose.load(compose.parse("generate", arguments.removesuffix("\0").split("\0")))
+    assert (again.run, again.model, again.tokenizer) == (config.run, config.model, config.tokenizer)
 
 
 def first_loss(run: Path) -> float:

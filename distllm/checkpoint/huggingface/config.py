@@ -5,6 +5,7 @@ What only one of the two can say is refused by name, never approximated.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -145,7 +146,7 @@ def from_their_config(raw: Mapping[str, Any], *, name: str, vocab_multiple: int)
     family = _family(raw)
     problems = list(_not_ours(family, raw))
     values = {ours: raw.get(key, default) for ours, (key, default) in KEYS[family].items()}
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    heads = values["num_attention_heads"]
     if family == "llama":
         base, rope_problems = _rope_base(raw)
         problems += rope_problems
@@ -153,20 +154,20 @@ def from_their_config(raw: Mapping[str, Any], *, name: str, vocab_multiple: int)
         values["rope_base"] = base
         if values["num_query_groups"] is None:
             values["num_query_groups"] = heads
-        if isinstance(hidden, int) and isinstance(heads, int) and values["head_dim"] == hidden / heads:
-            values["head_dim"] = None  # as our configurations say it
     else:
         values |= {"normalization": "layernorm", "position_embedding": "learned", "bias": True}
         values |= {"rope_base": DEFAULT_ROPE_BASE, "num_query_groups": heads, "head_dim": None}
         values["activation"] = "gelu" if raw.get("activation_function") == "gelu" else "gelu_tanh"
-        if values["ffn_hidden_size"] is None and isinstance(hidden, int):
-            values["ffn_hidden_size"] = 4 * hidden
+        if values["ffn_hidden_size"] is None and isinstance(values["hidden_size"], int):
+            values["ffn_hidden_size"] = 4 * values["hidden_size"]
     try:
         model = Model(**values, name=name, vocab_multiple=vocab_multiple)
     except ValidationError as error:
         raise UserError(problems + _invalid(family, error)) from error
     if problems:
         raise UserError(problems)
+    if model.head_dim is not None and model.head_dim * model.num_attention_heads == model.hidden_size:
+        model = dataclasses.replace(model, head_dim=None)  # as our configurations say it
     return family, model
 
 
@@ -214,12 +215,12 @@ def _rope_base(raw: Mapping[str, Any]) -> tuple[float, list[Problem]]:
 
 
 def _invalid(family: Family, error: ValidationError) -> list[Problem]:
-    problems = []
-    for detail in error.errors(include_url=False):
-        setting = str(detail["loc"][0])
-        key = KEYS[family].get(setting, (setting, None))[0]
-        problems.append(_problem(key, detail["input"], detail["msg"].replace("Input should", "must")))
-    return problems
+    keys = {setting: key for setting, (key, _) in KEYS[family].items()} | {"rope_base": "rope_theta"}
+    return [
+        _problem(keys[setting], detail["input"], detail["msg"].replace("Input should", "must"))
+        for detail in error.errors(include_url=False)
+        if (setting := str(detail["loc"][0])) in keys  # others were derived from one of these
+    ]
 
 
 def _problem(key: str, value: object, rule: str) -> Problem:
