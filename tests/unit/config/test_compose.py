@@ -118,6 +118,8 @@ def test_a_section_named_by_a_word_of_python_is_written_as_users_write_it() -> N
         UserError, match=r"import_=.*\n    rule: is not a setting of distllm\n    fix:  did you mean import"
     ):
         load("import_.path=folder")
+    with pytest.raises(UserError, match="import_"):
+        compose.from_yaml(compose.to_yaml(config).replace("\nimport:", "\nimport_:"))
 
 
 def test_a_spoilt_text_is_the_users_mistake() -> None:
