@@ -24,6 +24,8 @@ VERBS = {
     "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
     "report": ("distllm.verbs.report", "say what became of a run's time"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
+    "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
+    "import": ("distllm.verbs.import_", "start a run from the weights of a Hugging Face folder"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -100,7 +100,7 @@ def test_end_leaves_out_what_was_not_measured() -> None:
         replace(END, step=10, validation_loss=None, validation_bits_per_byte=None, sample=None)
     )
     assert text.startswith("distllm: training has stopped")
-    assert set(sections(text)) == {"steps", "loss", "files"}
+    assert set(sections(text)) == {"steps", "loss", "time", "files"}
     assert "gzip" not in text
     assert "gzip" not in end_summary(replace(END, gzip_bits_per_byte=None))
 
