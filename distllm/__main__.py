@@ -16,20 +16,24 @@ from collections.abc import Sequence
 from distllm import __version__
 from distllm.config.problems import EXIT_USER_ERROR, UserError, user_error
 
-# verb: (the module whose `run(config: Config) -> int` does it, what it does); `check` runs on the request
+# verb: (the module whose `run(config: Config) -> int` does it, what it does)
 VERBS = {
     "train": ("distllm.verbs.train", "pretrain a model; the same command again resumes"),
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
+    "checkpoint": ("distllm.verbs.checkpoint", "list, show, verify or prune the checkpoints of a run"),
 }
+# Their `run` takes the request: it says more than its config, or has an answer where the config is refused.
+RUN_ON_REQUEST = ("check", "checkpoint")
 EXIT_INTERRUPTED = 130
 
 HELP = f"""distllm {__version__}: distributed LLM pretraining.
 
   distllm VERB [overrides]       or  python -m distllm VERB [overrides]
   torchrun --nproc-per-node N -m distllm VERB [overrides]
+  distllm checkpoint list|show|verify|prune run.dir=DIR [overrides]
 
 Verbs:
 {chr(10).join(f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items())}
@@ -75,7 +79,7 @@ def _run(arguments: list[str]) -> int:
     if request.only_shows:
         compose.show(request, f"distllm {verb}: {description}")
         return 0
-    if verb == "check":  # it also answers where a job is refused
+    if verb in RUN_ON_REQUEST:
         return int(importlib.import_module(module).run(request))
     if request.is_sweep:
         return sweep.run(request)

@@ -248,6 +248,12 @@ def _run_directory(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("run.dir", config.run.dir, f"must be writable; {existing} {reason}", "run.dir=FOLDER")
 
 
+def _run_found(config: Config, _: int) -> Iterator[Problem]:
+    if not os.path.isdir(config.run.dir):
+        rule = f"must be the folder of a run; there is none, seen from {os.getcwd()}"
+        yield Problem("run.dir", config.run.dir, rule, "run.dir=FOLDER")
+
+
 def _wandb_installed(config: Config, _: int) -> Iterator[Problem]:
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         fix = "pip install 'distllm[wandb]', or logging.wandb=false"
@@ -274,6 +280,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "data": _DATA_RULES,
     "tokenizer": _DATA_RULES,
     "generate": (),
+    "checkpoint": (),
 }
 _FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
 ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
@@ -282,4 +289,5 @@ ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "data": _FILES,
     "tokenizer": _FILES,
     "generate": (),
+    "checkpoint": (_run_found,),
 }
