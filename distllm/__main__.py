@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from distllm import __version__
 from distllm.config.problems import EXIT_USER_ERROR, UserError, user_error
 
-# verb: (the module whose `run(config: Config) -> int` does it, what it does); `check` runs on the request
+# verb: (the module whose `run(config: Config) -> int` does it, what it does)
 VERBS = {
     "train": ("distllm.verbs.train", "pretrain a model; the same command again resumes"),
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
@@ -26,13 +26,17 @@ VERBS = {
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
     "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
     "import": ("distllm.verbs.import_", "start a run from the weights of a Hugging Face folder"),
+    "checkpoint": ("distllm.verbs.checkpoint", "list, show, verify or prune the checkpoints of a run"),
 }
+# Their `run` takes the request: it says more than its config, or has an answer where the config is refused.
+RUN_ON_REQUEST = ("check", "checkpoint")
 EXIT_INTERRUPTED = 130
 
 HELP = f"""distllm {__version__}: distributed LLM pretraining.
 
   distllm VERB [overrides]       or  python -m distllm VERB [overrides]
   torchrun --nproc-per-node N -m distllm VERB [overrides]
+  distllm checkpoint list|show|verify|prune run.dir=DIR [overrides]
 
 Verbs:
 {chr(10).join(f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items())}
@@ -78,7 +82,7 @@ def _run(arguments: list[str]) -> int:
     if request.only_shows:
         compose.show(request, f"distllm {verb}: {description}")
         return 0
-    if verb == "check":  # it also answers where a job is refused
+    if verb in RUN_ON_REQUEST:
         return int(importlib.import_module(module).run(request))
     if request.is_sweep:
         return sweep.run(request)

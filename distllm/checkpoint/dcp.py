@@ -163,7 +163,11 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 
 def _alone(view: Tensor) -> Tensor:
-    """The tensor in host memory, with a storage of its own: `torch.save` writes the whole of a storage."""
+    """The tensor in host memory, with a storage of its own: `torch.save` writes the whole of a storage.
+
+    Not a copy where it lies there already: that would take longer than the write.
+    """
     tensor = view.detach().cpu().contiguous()
-    is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone() if is_part else tensor
+    begin = tensor.storage_offset() * tensor.element_size()
+    own = tensor.untyped_storage()[begin : begin + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())

@@ -58,12 +58,19 @@ def hash_text(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def damage_of(storage: Storage, path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file that should be as `record` says, by reading all of it."""
+def size_damage_of(storage: Storage, path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file that should be as `record` says, without reading it."""
     if not storage.is_file(path):
         return "is missing"
     if storage.size(path) != record.bytes:
         return f"has {storage.size(path)} bytes, was written with {record.bytes}"
+    return None
+
+
+def damage_of(storage: Storage, path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file that should be as `record` says, by reading all of it."""
+    if damage := size_damage_of(storage, path, record):
+        return damage
     digest = xxhash.xxh3_128()
     with storage.read(path) as stream:
         while data := stream.read(READ_BYTES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,22 +79,27 @@ def find_damage(path: Path, storage: Storage = LOCAL, share: tuple[int, int] = (
 
     share: (i, n) looks at every n-th file from the i-th, so that n ranks together look at all.
     """
+    return next(damages(path, storage, share), None)
+
+
+def damages(
+    path: Path,
+    storage: Storage = LOCAL,
+    share: tuple[int, int] = (0, 1),
+    damage_of: Callable[[Storage, Path, FileRecord], str | None] = damage_of,
+) -> Iterator[str]:
+    """Everything that `damage_of` finds wrong with the files of a checkpoint, each as "file: what"."""
     try:
         manifest = read_manifest(path, storage)
-    except UserError:
+    except UserError:  # a ValueError, too
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error!r}"
+        yield f"{MANIFEST}: {error!r}"
+        return
     index, count = share
-    return next(_damages(path, sorted(manifest.files)[index::count], manifest.files, storage), None)
-
-
-def _damages(
-    path: Path, names: list[str], files: Mapping[str, FileRecord], storage: Storage
-) -> Iterator[str]:
-    for name in names:
+    for name in sorted(manifest.files)[index::count]:
         try:
-            damage = damage_of(storage, path / name, files[name])
+            damage = damage_of(storage, path / name, manifest.files[name])
         except OSError as error:
             damage = f"cannot be read: {error}"
         if damage:

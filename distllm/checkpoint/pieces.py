@@ -6,7 +6,6 @@ are filed by module, such as one transformer layer: a reader never needs the lis
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -45,12 +44,3 @@ def pieces_of(fragments: Iterable[Fragment]) -> list[Piece]:
                 pieces.append(Piece(state, place.name, place.global_shape, box, view))
                 begin += box.numel
     return pieces
-
-
-def module_of(name: str) -> str:
-    """The module that a parameter is filed under: its layer, or what is left without its last word.
-
-    All its pieces lie on ranks of one pipeline stage.
-    """
-    layer = re.match(r".*\.layers\.\d+", name)
-    return layer.group() if layer else name.rpartition(".")[0] or name

@@ -26,10 +26,10 @@ from distllm.checkpoint.dcp import METADATA, Buffer, Record, read_metadata, read
 from distllm.checkpoint.dcp import write_pieces as write_records
 from distllm.checkpoint.integrity import FileRecord, create_hashed
 from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, to_text
-from distllm.checkpoint.pieces import WEIGHT, Piece, module_of, pieces_of
+from distllm.checkpoint.pieces import WEIGHT, Piece, pieces_of
 from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.layout.fragment import Fragment
-from distllm.layout.place import Shape
+from distllm.layout.place import Shape, module_of
 from distllm.layout.save_groups import SaveGroups
 
 T = TypeVar("T")
@@ -113,15 +113,20 @@ def read_tensors(path: Path, fragments: Iterable[Fragment], storage: Storage = L
     for piece in pieces_of(fragments):
         by_module[module_of(piece.name)].append(piece)
     for module, pieces in by_module.items():
-        with storage.read(path / TENSORS / module / METADATA) as stream:
-            metadata = read_metadata(stream)
-        with ExitStack() as opened:
+        _read_module(path, module, pieces, storage)
 
-            @cache
-            def shard(file: str, opened: ExitStack = opened) -> Buffer:
-                return opened.enter_context(storage.map(path / SHARDS / Path(file).name))
 
-            read_pieces(metadata, pieces, shard)
+def _read_module(path: Path, module: str, pieces: Sequence[Piece], storage: Storage) -> None:
+    """Its metadata is gone when that of the next module comes: both together would be a third more."""
+    with storage.read(path / TENSORS / module / METADATA) as stream:
+        metadata = read_metadata(stream)
+    with ExitStack() as opened:
+
+        @cache
+        def shard(file: str) -> Buffer:
+            return opened.enter_context(storage.map(path / SHARDS / Path(file).name))
+
+        read_pieces(metadata, pieces, shard)
 
 
 def _together(groups: SaveGroups, work: Callable[[], T]) -> T:

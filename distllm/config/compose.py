@@ -38,6 +38,8 @@ from distllm.config.schema import Config
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 WORLD_SIZE = "world_size="
+# What a verb can do, where it can do several things: its first argument says which.
+ACTIONS = {"checkpoint": ("list", "show", "verify", "prune")}
 GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 
 
@@ -45,13 +47,15 @@ GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 class Request:
     """One command line after its verb, as Hydra's own parser reads it.
 
-    world_size: ranks of the job; for `check` those of the job that is asked about.
+    world_size: ranks of the job; for `check` those of the job that is asked about. action: one of the
+    verb's ACTIONS; None for a verb that has none, and where the command only shows.
     """
 
     verb: str
     overrides: tuple[str, ...]
     flags: Namespace
     world_size: int
+    action: str | None = None
 
     @property
     def is_sweep(self) -> bool:
@@ -88,6 +92,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Request:
         refuse("--experimental-rerun is not supported: a run resumes by its run.dir")
     if flags.resolve and not (flags.cfg or flags.help):
         refuse("--resolve goes with --cfg or --help")
+    is_named = verb in ACTIONS and flags.overrides and "=" not in flags.overrides[0]
+    action = flags.overrides.pop(0) if is_named else None  # Hydra itself must not see it
     overrides, world_size = list(flags.overrides), os.environ.get("WORLD_SIZE", "1")
     if verb == "check":
         for text in [text for text in overrides if text.startswith(WORLD_SIZE)]:
@@ -95,7 +101,12 @@ def parse(verb: str, arguments: Sequence[str]) -> Request:
             world_size = text.removeprefix(WORLD_SIZE)
     if not world_size.isdecimal() or int(world_size) < 1:
         raise user_error("world_size", world_size, "must be a number of ranks, at least 1", "world_size=8")
-    return Request(verb, tuple(overrides), flags, int(world_size))
+    request = Request(verb, tuple(overrides), flags, int(world_size), action)
+    if (action or not request.only_shows) and action not in ACTIONS.get(verb, (None,)):
+        (nearest, *_) = [*difflib.get_close_matches(action or "", ACTIONS[verb], n=1), ACTIONS[verb][0]]
+        rule = f"must be one of {', '.join(ACTIONS[verb])}, right after the verb"
+        raise user_error("action", action or "none", rule, f"distllm {verb} {nearest} run.dir=FOLDER")
+    return request
 
 
 def load(request: Request) -> Config:

@@ -258,6 +258,12 @@ def _why_not_writable(path: str) -> str | None:
     return None if os.access(path, os.W_OK | os.X_OK) else f"{path} cannot be written to"
 
 
+def _run_found(config: Config, _: int) -> Iterator[Problem]:
+    if not os.path.isdir(config.run.dir):
+        rule = f"must be the folder of a run; there is none, seen from {os.getcwd()}"
+        yield Problem("run.dir", config.run.dir, rule, "run.dir=FOLDER")
+
+
 def _wandb_installed(config: Config, _: int) -> Iterator[Problem]:
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         fix = "pip install 'distllm[wandb]', or logging.wandb=false"
@@ -316,6 +322,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "report": (),
     "export": (_export_path,),
     "import": (_import_path,),
+    "checkpoint": (),
 }
 _FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
 ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
@@ -327,4 +334,5 @@ ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "report": (),
     "export": (_checkpoint_found, _export_folder),
     "import": (_import_folder, _run_directory),
+    "checkpoint": (_run_found,),
 }

@@ -289,6 +289,20 @@ class Generate:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Select:
+    """`distllm checkpoint ACTION`: which checkpoints of `run.dir` it is about.
+
+    step: `show` and `verify` look at the checkpoint of this step; None means the newest, and all.
+    against: `show` compares with this one, a step of the same run or the folder of a checkpoint.
+    dry_run: `prune` only says what it would remove.
+    """
+
+    step: NonNegativeInt | None
+    against: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None
+    dry_run: bool
+
+
+@dataclass(frozen=True, config=STRICT)
 class Export:
     """`distllm export`: the newest checkpoint of `run.dir` as a Hugging Face folder.
 
@@ -331,3 +345,4 @@ class Config:
     generate: Generate
     export: Export
     import_: Annotated[Import, Field(alias="import")]
+    select: Select

@@ -75,7 +75,8 @@ def _unknown(setting: str, value: object) -> Problem:
     section, _, name = setting.rpartition(".")
     prefix = f"{section}." if section else ""
     names = list(get_type_hints(SECTIONS[section])) if section else list(SECTIONS)
-    near = [known for known in SETTINGS if section and known.endswith(f".{name}")]
+    near = [f"{prefix}{known}" for known in difflib.get_close_matches(name, names, n=1, cutoff=0.85)]
+    near = near or [known for known in SETTINGS if section and known.endswith(f".{name}")]
     near = near or [f"{prefix}{known}" for known in difflib.get_close_matches(name, names, n=2)]
     fix = f"did you mean {' or '.join(near)}?" if near else f"there are: {prefix}{f', {prefix}'.join(names)}"
     return Problem(setting, value, "is not a setting of distllm", fix)

@@ -100,7 +100,8 @@ class ReplicatedEngine(Engine):
             master = self.masters[parameter]
             state = self.optimizer.state[master]
             for name, dtype in (create_states or {}).items():
-                state.setdefault(name, torch.zeros_like(master, dtype=dtype))
+                if name not in state:
+                    state[name] = torch.zeros_like(master, dtype=dtype)
             writer_rank = written_numel.index(min(written_numel))
             written_numel[writer_rank] += master.numel()
             tensors = {"weight": master.detach()} | {

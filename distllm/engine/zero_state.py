@@ -40,7 +40,8 @@ def zero_fragments(
             continue
         state = states[owned.owner]
         for name, dtype in create_states.items():
-            state.setdefault(name, torch.zeros_like(owned.owner, dtype=dtype).detach())
+            if name not in state:
+                state[name] = torch.zeros_like(owned.owner, dtype=dtype).detach()
         whole = {"weight": owned.owner} | {
             name: value
             for name, value in state.items()

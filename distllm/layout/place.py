@@ -8,6 +8,7 @@ tensor-parallel part), and under ZeRO a flat range of that box. A flat range of 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -83,3 +84,12 @@ def _boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:
 def _within_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[Box]:
     for box in _boxes(shape[1:], start, stop):
         yield Box((row, *box.offsets), (1, *box.sizes))
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter is filed under: its layer, or what is left without its last word.
+
+    All its pieces lie on ranks of one pipeline stage.
+    """
+    layer = re.match(r".*\.layers\.\d+", name)
+    return layer.group() if layer else name.rpartition(".")[0] or name

@@ -37,27 +37,19 @@ def stage_parameters(model: Model, stage: Stage, vocab_size: int, tensor: int) -
 
 
 def layer_parameters(model: Model, tensor: int) -> Shapes:
-    """Name within the layer -> shape on one of `tensor` ranks."""
+    """Name within the layer -> shape on one of `tensor` ranks, in the model's order, by which ZeRO cuts."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     context = model.num_attention_heads * model.resolved_head_dim
     qkv = context + 2 * model.num_query_groups * model.resolved_head_dim
     ffn_in = 2 * ffn if model.activation == "swiglu" else ffn
-    shapes = {
+    return {
         **_norm("input_layernorm", model),
-        "self_attention.linear_qkv.weight": (qkv // tensor, hidden),
-        "self_attention.linear_proj.weight": (hidden, context // tensor),
+        **_linear("self_attention.linear_proj", (hidden, context // tensor), model),
+        **_linear("self_attention.linear_qkv", (qkv // tensor, hidden), model),
         **_norm("pre_mlp_layernorm", model),
-        "mlp.linear_fc1.weight": (ffn_in // tensor, hidden),
-        "mlp.linear_fc2.weight": (hidden, ffn // tensor),
+        **_linear("mlp.linear_fc1", (ffn_in // tensor, hidden), model),
+        **_linear("mlp.linear_fc2", (hidden, ffn // tensor), model),
     }
-    if model.bias:
-        shapes |= {
-            "self_attention.linear_qkv.bias": (qkv // tensor,),
-            "self_attention.linear_proj.bias": (hidden,),
-            "mlp.linear_fc1.bias": (ffn_in // tensor,),
-            "mlp.linear_fc2.bias": (hidden,),
-        }
-    return shapes
 
 
 def numel(shapes: Shapes) -> int:
@@ -68,3 +60,9 @@ def numel(shapes: Shapes) -> int:
 def _norm(name: str, model: Model) -> dict[str, tuple[int, ...]]:
     weights = ("weight", "bias") if model.normalization == "layernorm" else ("weight",)
     return {f"{name}.{weight}": (model.hidden_size,) for weight in weights}
+
+
+def _linear(name: str, shape: tuple[int, int], model: Model) -> dict[str, tuple[int, ...]]:
+    """A bias is as long as the rows that it is added to."""
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": shape}
+    return weight | ({f"{name}.bias": shape[:1]} if model.bias else {})

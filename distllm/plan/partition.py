@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 
+from distllm.layout.place import Shape
 from distllm.plan.parameters import Shapes, numel
 
 # DeepSpeed makes every partition of stages 1 and 2 a multiple of two elements (nccl_start_alignment_factor).
@@ -56,5 +57,10 @@ def _groups(shapes: Shapes) -> tuple[list[int], list[int]]:
     """Elements of each parameter, in order, of the optimizer's two groups: not decayed and decayed."""
     groups: tuple[list[int], list[int]] = ([], [])
     for shape in shapes.values():
-        groups[len(shape) >= 2].append(math.prod(shape))
+        groups[is_decayed(shape)].append(math.prod(shape))
     return groups
+
+
+def is_decayed(shape: Shape) -> bool:
+    """Which of the optimizer's groups a parameter belongs to: matrices decay, norms and biases do not."""
+    return len(shape) >= 2

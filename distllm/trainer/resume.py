@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +11,7 @@ import torch.distributed as dist
 from distllm.checkpoint.manager import candidates, choose
 from distllm.checkpoint.manifest import Manifest, find_damage, read_manifest
 from distllm.checkpoint.store import read_tensors
+from distllm.config.compare import Changes, changed_settings, settings
 from distllm.config.compose import to_plain
 from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
@@ -27,10 +25,7 @@ from distllm.trainer.state import TrainState
 ORDER_SETTINGS = ("train.seed", "model.seq_length")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 # How the run is watched and kept, which is nobody's concern at a resume.
-UNTOLD_SECTIONS = ("run", "logging", "generate", "export", "import")
-UNTOLD_SETTINGS = ("fault.replanned",)
-
-Changes = dict[str, tuple[str, str]]
+UNTOLD = ("run", "logging", "generate", "select", "export", "import", "fault.replanned")
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def find_start(config: Config, prepared: PreparedData) -> Start:
         saved_state(manifest),
         choice.damaged,
         finished=manifest.step >= config.train.steps,
-        changed=changed_settings(manifest.details["config"], to_plain(config)),
+        changed=changed_settings(manifest.details["config"], to_plain(config), without=UNTOLD),
     )
 
 
@@ -103,18 +98,6 @@ def refuse_other_model(manifest: Manifest, engine: Engine, path: Path) -> None:
         )
 
 
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """What differs between two configs, as it is written on the command line."""
-    old, new = _settings(before), _settings(now)
-    return {
-        name: (old.get(name, "unset"), new.get(name, "unset"))
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and name.partition(".")[0] not in UNTOLD_SECTIONS
-        and name not in UNTOLD_SETTINGS
-    }
-
-
 def find_damage_together(path: Path) -> str | None:
     """`find_damage` by all ranks, each of them reading its share of the files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -136,7 +119,7 @@ def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest
 
     The model is compared by its settings, since nothing is built yet; `restore` compares every shape.
     """
-    before, now = _settings(manifest.details["config"]), _settings(to_plain(config))
+    before, now = settings(manifest.details["config"]), settings(to_plain(config))
     data = manifest.details["data"]
     problems = []
     for setting, value in before.items():
@@ -162,12 +145,3 @@ def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest
         )
     if problems:
         raise UserError(problems)
-
-
-def _settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """{"section.name": value as it is written on the command line}."""
-    return {
-        f"{section}.{name}": value if isinstance(value, str) else json.dumps(value)
-        for section, content in config.items()
-        for name, value in content.items()
-    }

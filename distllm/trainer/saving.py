@@ -19,6 +19,7 @@ from distllm.engine.engine import Engine
 from distllm.layout.grid import Grid
 from distllm.layout.save_groups import create_save_groups
 from distllm.metrics.format import duration
+from distllm.metrics.run_directory import utc_now
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.state import TrainState
 
@@ -117,6 +118,7 @@ def checkpoint_details(
     """What the manifest holds beside the tensors."""
     return {
         "reason": reason,
+        "time": utc_now(),
         "config": to_plain(config),
         "layout": {"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline},
         "data": {
