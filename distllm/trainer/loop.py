@@ -24,6 +24,7 @@ def fit(job: Job) -> TrainState:
     config, reporter, state = job.config, job.reporter, job.start
     recovery = Recovery(job)
     reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
+    job.checkpoints.warn_of_short_grace()
     wants_stop = False
     while state.step < config.train.steps and not wants_stop:
         began, allowed = time.perf_counter(), limits(state, config.fault)

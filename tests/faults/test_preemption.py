@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import ForkedJob
+from commands import ForkedJob, fork
 from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
 
 STEPS = 60
@@ -91,3 +93,26 @@ def test_two_signals_are_one_wish(folder: Path) -> None:
         ends = job.wait()
     assert {end.exit_code for end in ends} == {3}
     assert [event["kind"] for event in events(folder / "twice")] == ["start", "ready", "checkpoint", "stop"]
+
+
+def slow_disk() -> None:
+    """A save that takes three seconds."""
+    store: Any = importlib.import_module("distllm.checkpoint.store")
+    write_shard = store._write_shard
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(3)
+        return write_shard(*arguments)
+
+    store._write_shard = slow
+
+
+def test_a_grace_too_short_for_a_save_is_told_at_the_start(folder: Path) -> None:
+    """Known from the run's last save; and by a probe of the disk where there is none."""
+    settings = (*SMALL_RUN, "run.dir=grace", "checkpoint.interval=4", "fault.grace_seconds=2")
+    first = fork(folder, "train", *settings, "train.steps=4", sabotage=slow_disk)
+    assert first.exit_code == 0, first.output
+    assert "a save is expected" not in first.output, "three megabytes are written at once"
+    second = fork(folder, "train", *settings, "train.steps=5")
+    assert "a save is expected to take 3." in second.stderr
+    assert "fault.grace_seconds=2" in second.stderr

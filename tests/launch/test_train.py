@@ -240,11 +240,11 @@ def die_after_six_steps() -> None:
     loop: Any = importlib.import_module("distllm.trainer.loop")
     train_step = loop.train_step
 
-    def dying(job: Any, state: Any) -> Any:
+    def dying(job: Any, state: Any, allowed: Any) -> Any:
         if state.step == 6:
             job.checkpoints.finish()  # with the checkpoint of step 4 on disk, or the test hangs on the race
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(job, state)
+        return train_step(job, state, allowed)
 
     loop.train_step = dying
 
