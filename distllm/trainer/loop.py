@@ -21,7 +21,8 @@ from distllm.trainer.state import TrainState
 
 def fit(job: Job) -> TrainState:
     """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
-    config, reporter, state = job.config, job.reporter, job.start
+    config, reporter = job.config, job.reporter
+    state = job.start.for_batch(config.train.global_batch_size)
     recovery = Recovery(job)
     reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
     job.checkpoints.warn_of_short_grace()

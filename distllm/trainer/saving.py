@@ -55,8 +55,8 @@ class Checkpoints:
         if expected is not None and expected > grace:
             self._reporter.warn(
                 f"a save is expected to take {duration(expected)}, longer than fault.grace_seconds={grace}: "
-                "a job that is asked to stop may lose its steps since the last checkpoint. Ask for the signal "
-                "earlier, or save more often"
+                "a job that is asked to stop may lose its steps since the last checkpoint. Ask for the "
+                "signal earlier, or save more often"
             )
 
     def save(self, state: TrainState, reason: str) -> None:

@@ -35,7 +35,7 @@ def verdict(run: Path, step: int) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-@pytest.mark.parametrize("layout", ["data", "pipeline"])
+@pytest.mark.parametrize("layout", [pytest.param("data", marks=pytest.mark.long), "pipeline"])
 def test_a_stopped_rank_is_named_and_the_job_ends(layout: str, folder: Path) -> None:
     """SIGSTOP to rank 1 of 3 or 2 in step 6. Nobody can ask it anything; it is ended too."""
     run, num_ranks = f"stopped {layout}", 3 if layout == "data" else 2
@@ -91,6 +91,7 @@ def hold_the_lock() -> None:
     loop.train_step = holding
 
 
+@pytest.mark.long
 def test_a_rank_that_holds_the_interpreter_is_named(folder: Path) -> None:
     """Its own watchdog cannot run: the others name it, and a deadline below the interpreter ends it."""
     with ForkedJob(folder, "train", *RUN, "run.dir=lock", num_ranks=2, sabotage=hold_the_lock) as job:
@@ -103,6 +104,7 @@ def test_a_rank_that_holds_the_interpreter_is_named(folder: Path) -> None:
     assert "in holding" in stack
 
 
+@pytest.mark.long
 def test_a_slow_rank_is_named_while_the_job_goes_on(folder: Path) -> None:
     """300 ms more in each step of rank 2; from samples of where each rank is, without any message."""
     inject = ["sleep:rank=2,seconds=0.3,times=0"]

@@ -41,7 +41,7 @@ def wait_for_steps(job: ForkedJob, run: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("is_agent", [False, True])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(

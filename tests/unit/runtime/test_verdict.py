@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from distllm.runtime.heartbeat import Beat
 from distllm.runtime.verdict import judge, stragglers
@@ -10,8 +12,8 @@ from distllm.runtime.verdict import judge, stragglers
 WAITING = Beat(0, 10, "host", 0.0, 5, 1, (40, 48), "train", 9.0, "all_reduce", 0.1)
 
 
-def beats(*changes: dict[str, object]) -> dict[int, Beat]:
-    return {rank: replace(WAITING, rank=rank, **change) for rank, change in enumerate(changes)}  # type: ignore[arg-type]
+def beats(*changes: Mapping[str, Any]) -> dict[int, Beat]:
+    return {rank: replace(WAITING, rank=rank, **change) for rank, change in enumerate(changes)}
 
 
 FRESH = dict.fromkeys(range(4), 1.0)

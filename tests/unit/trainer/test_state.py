@@ -38,6 +38,7 @@ def test_every_sample_is_trained_on_once_or_skipped_once(
     for first, end in state.skipped:
         if (first, end) not in back.skipped:
             back = back.without(range(first, end))
+    back = back.for_batch(later_batch)
     begin = back.next_sample
     seen = [n for n in range(begin) if not any(first <= n < end for first, end in back.skipped)]
     end_state, trained = go_on(back, later_batch, 20)
