@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
+
+from commands import ForkedJob
 
 SAMPLES = "DISTLLM_TEST_SAMPLES"  # environment variable: folder where `record_samples` writes
 
@@ -53,6 +56,15 @@ def curve(run: Path) -> list[tuple[float, ...]]:
         for row in read_rows(run)
         if "loss" in row
     ]
+
+
+def wait_for_steps(job: ForkedJob, run: Path, count: int) -> None:
+    """Until metrics.jsonl has as many rows; an assertion if the job ends first."""
+    deadline = time.monotonic() + 60
+    while len(read_rows(run)) < count:
+        assert time.monotonic() < deadline, f"no step {count} within a minute"
+        assert job.is_alive, [end.output for end in job.wait()]
+        time.sleep(0.01)
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Finished, ForkedJob, fork
-from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
+from runs import SMALL_RUN, curve, events, read_rows, status, wait_for_steps, write_corpus
 
 STEPS = 12
 RUN = (*SMALL_RUN, f"train.steps={STEPS}", "checkpoint.interval=4", "checkpoint.keep=1", "zero.stage=0")
@@ -144,14 +143,6 @@ def test_a_newer_format_stops_the_job(folder: Path) -> None:
     assert result.exit_code == 2
     assert "format version 99 was written by a newer distllm" in result.stderr
     assert curve(run) == curve(folder / "whole")
-
-
-def wait_for_steps(job: ForkedJob, run: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(read_rows(run)) < count:
-        assert time.monotonic() < deadline, f"no step {count} within a minute"
-        assert job.is_alive, job.wait()
-        time.sleep(0.01)
 
 
 def test_a_second_job_on_a_run_directory_is_refused(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from commands import ForkedJob, fork
-from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
+from runs import SMALL_RUN, curve, events, read_rows, status, wait_for_steps, write_corpus
 
 STEPS = 60
 RUN = (*SMALL_RUN, f"train.steps={STEPS}", "checkpoint.interval=1000", "zero.stage=1")
@@ -31,14 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for end in job.wait():
                 assert end.exit_code == 0, end.output
     return folder
-
-
-def wait_for_steps(job: ForkedJob, run: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(read_rows(run)) < count:
-        assert time.monotonic() < deadline, f"no step {count} within a minute"
-        assert job.is_alive, [end.output for end in job.wait()]
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.long)])
