@@ -84,8 +84,18 @@ def remove_old(newest: Path, settings: Checkpoint, storage: Storage = LOCAL) -> 
     removed = [path for path in counted[: -settings.keep] if not is_kept_for_good(path, settings)]
     removed += [path for path in storage.ls(folder) if re.fullmatch(r"step_\d{8}\.tmp", path.name)]
     for path in removed:
-        storage.rm(path)
+        remove(path, storage)
     return removed
+
+
+def remove(path: Path, storage: Storage = LOCAL) -> None:
+    """Give a checkpoint the name of an unfinished save first: a kill while its files go one by one would
+    leave a part of it under its own name, which nothing would ever clear away."""
+    if not path.name.endswith(".tmp"):
+        condemned = path.with_name(f"{path.name}.tmp")
+        storage.mv(path, condemned)
+        path = condemned
+    storage.rm(path)
 
 
 def is_kept_for_good(path: Path, settings: Checkpoint) -> bool:

@@ -12,9 +12,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from distllm.checkpoint.manager import checkpoint_path, is_kept_for_good, list_checkpoints, step_of
+from distllm.checkpoint.manager import checkpoint_path, is_kept_for_good, list_checkpoints, remove, step_of
 from distllm.checkpoint.manifest import Manifest, read_manifest
-from distllm.checkpoint.storage import LOCAL
 from distllm.checkpoint.survey import Entry, bytes_on_disk, look_at, plan_pruning, survey
 from distllm.config.compose import Request, load
 from distllm.config.problems import Problem, UserError, user_error
@@ -119,7 +118,7 @@ def _prune(folder: Path, config: Config) -> int:
         plan = plan_pruning(folder, settings)
         sizes = {path.name: bytes_on_disk(path) for path in plan.removed}
         for path in plan.removed if not is_dry else []:
-            LOCAL.rm(path)
+            remove(path)
     except OSError as error:
         rule = f"must be a folder that can be read and written: {error}"
         raise user_error("run.dir", config.run.dir, rule, "see to the disk, then prune again") from error

@@ -17,6 +17,7 @@ from distllm.checkpoint.manager import (
     remove_old,
 )
 from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, find_damage, to_text
+from distllm.checkpoint.storage import LocalStorage
 from distllm.config.problems import UserError
 from distllm.config.schema import Checkpoint
 
@@ -168,3 +169,19 @@ def test_what_killed_saves_left_goes_and_nothing_else(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 10).rename(tmp_path / "best")
     remove_old(newest, settings(keep=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", newest.name]
+
+
+class DiesWhileRemoving(LocalStorage):
+    def rm(self, path: Path) -> None:
+        (path / MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+
+def test_a_kill_while_an_old_one_goes_leaves_nothing_under_its_name(tmp_path: Path) -> None:
+    for step in (10, 20):
+        make_checkpoint(tmp_path, step)
+    with pytest.raises(KeyboardInterrupt):
+        remove_old(checkpoint_path(tmp_path, 20), settings(keep=1), DiesWhileRemoving())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010.tmp", "step_00000020"]
+    remove_old(checkpoint_path(tmp_path, 20), settings(keep=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
