@@ -22,7 +22,10 @@ VERBS = {
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
+    "report": ("distllm.verbs.report", "say what became of a run's time"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
+    "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
+    "import": ("distllm.verbs.import_", "start a run from the weights of a Hugging Face folder"),
     "checkpoint": ("distllm.verbs.checkpoint", "list, show, verify or prune the checkpoints of a run"),
 }
 # Their `run` takes the request: it says more than its config, or has an answer where the config is refused.
@@ -83,7 +86,12 @@ def _run(arguments: list[str]) -> int:
         return int(importlib.import_module(module).run(request))
     if request.is_sweep:
         return sweep.run(request)
-    config = compose.load(request)
+    try:
+        config = compose.load(request)
+    except UserError as error:
+        from distllm.plan.replan import replanned
+
+        config = replanned(error, request.world_size, verb)
     quiet.silence()  # before the verb's module imports torch and what builds on it
     return int(importlib.import_module(module).run(config))
 

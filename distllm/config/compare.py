@@ -13,13 +13,13 @@ UNSET = "unset"
 
 
 def changed_settings(before: PlainConfig, now: PlainConfig, without: Collection[str] = ()) -> Changes:
-    """without: sections that are not compared. A setting that only one of the two has is `unset` in the
+    """without: sections and settings that are not compared. A setting that only one has is `unset` in the
     other: an older distllm did not know it."""
     old, new = settings(before), settings(now)
     return {
         name: (old.get(name, UNSET), new.get(name, UNSET))
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.partition(".")[0] not in without
+        if old.get(name) != new.get(name) and not {name, name.partition(".")[0]} & set(without)
     }
 
 

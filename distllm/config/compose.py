@@ -7,7 +7,6 @@ left out, a plain `a.b=v` is forced in so that the schema sees unknown names too
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -197,8 +196,8 @@ def config_hash(config: Config) -> str:
 
 
 def to_plain(config: Config) -> dict[str, dict[str, Any]]:
-    """{section: {setting: JSON value}}, the form in which a config is stored."""
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))
+    """{section: {setting: JSON value}}, the form in which a config is stored; named as users write it."""
+    plain: dict[str, dict[str, Any]] = validate.ADAPTER.dump_python(config, mode="json", by_alias=True)
     return plain
 
 

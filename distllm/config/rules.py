@@ -45,6 +45,11 @@ def check_environment(config: Config, verb: str = "train") -> list[Problem]:
     return _collect(ENVIRONMENT_RULES[verb], config, 1)
 
 
+def check_model(config: Config) -> list[Problem]:
+    """What the settings of the model get wrong among themselves, for a model from a file."""
+    return _collect(_MODEL_RULES, config, 1)
+
+
 def check_versions() -> list[Problem]:
     """Installed packages that are too old or untested; read from their metadata, without importing them.
 
@@ -240,12 +245,17 @@ def _checkpoint_found(config: Config, _: int) -> Iterator[Problem]:
 
 
 def _run_directory(config: Config, _: int) -> Iterator[Problem]:
-    existing = os.path.abspath(os.path.expanduser(config.run.dir))
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if os.path.isdir(existing) else "is not a folder"
-        yield Problem("run.dir", config.run.dir, f"must be writable; {existing} {reason}", "run.dir=FOLDER")
+    if reason := _why_not_writable(os.path.abspath(os.path.expanduser(config.run.dir))):
+        yield Problem("run.dir", config.run.dir, f"must be writable; {reason}", "run.dir=FOLDER")
+
+
+def _why_not_writable(path: str) -> str | None:
+    """Why a folder cannot be made or written at `path`, judged by what there is of it; None if it can."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        return f"{path} is not a folder"
+    return None if os.access(path, os.W_OK | os.X_OK) else f"{path} cannot be written to"
 
 
 def _run_found(config: Config, _: int) -> Iterator[Problem]:
@@ -260,12 +270,41 @@ def _wandb_installed(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("logging.wandb", True, "needs the package wandb, which is not installed", fix)
 
 
+def _export_path(config: Config, _: int) -> Iterator[Problem]:
+    if not config.export.path:
+        yield Problem("export.path", config.export.path, "is required", "export.path=FOLDER, a new folder")
+
+
+def _export_folder(config: Config, _: int) -> Iterator[Problem]:
+    if not config.export.path:
+        return  # _export_path speaks of that
+    path = os.path.abspath(os.path.expanduser(config.export.path))
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        rule = "must be a new or an empty folder: nothing is overwritten"
+        yield Problem("export.path", config.export.path, rule, "name another folder, or empty this one")
+    elif reason := _why_not_writable(path):
+        yield Problem("export.path", config.export.path, f"must be writable; {reason}", "export.path=FOLDER")
+
+
+def _import_path(config: Config, _: int) -> Iterator[Problem]:
+    if not config.import_.path:
+        fix = "import.path=FOLDER, a folder that Hugging Face's save_pretrained or `distllm export` wrote"
+        yield Problem("import.path", config.import_.path, "is required", fix)
+
+
+def _import_folder(config: Config, _: int) -> Iterator[Problem]:
+    path = config.import_.path
+    if path and not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
+        rule = "must be a folder with a config.json"
+        fix = "name a folder that Hugging Face's save_pretrained or `distllm export` wrote"
+        yield Problem("import.path", path, rule, fix)
+
+
 _DATA_RULES: tuple[Rule, ...] = (_data_path, _tokenizer_path, _vocabulary, _special_tokens)
+_MODEL_RULES: tuple[Rule, ...] = (_attention_heads, _query_groups, _rotary_width)
 _TRAIN_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
-    _attention_heads,
-    _query_groups,
-    _rotary_width,
+    *_MODEL_RULES,
     _schedule_decay,
     _schedule_minimum,
     _validation,
@@ -273,13 +312,16 @@ _TRAIN_RULES: tuple[Rule, ...] = (
     _bucket_size,
     _kept_checkpoints,
 )
-# Each verb answers for the sections that it uses: `generate` takes the model from its checkpoint.
+# Each verb answers for the sections that it uses: `generate` and `export` take the model from a checkpoint.
 RULES: dict[str, tuple[Rule, ...]] = {
     "train": _TRAIN_RULES + _DATA_RULES,
     "check": _TRAIN_RULES + _DATA_RULES,
     "data": _DATA_RULES,
     "tokenizer": _DATA_RULES,
     "generate": (),
+    "report": (),
+    "export": (_export_path,),
+    "import": (_import_path,),
     "checkpoint": (),
 }
 _FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
@@ -289,5 +331,8 @@ ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "data": _FILES,
     "tokenizer": _FILES,
     "generate": (),
+    "report": (),
+    "export": (_checkpoint_found, _export_folder),
+    "import": (_import_folder, _run_directory),
     "checkpoint": (_run_found,),
 }

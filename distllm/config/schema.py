@@ -12,6 +12,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+# For `dataclasses.replace`, which knows fields by name; what users write is read by alias only (validate.py).
+BY_NAME_TOO = ConfigDict(**STRICT, validate_by_alias=True, validate_by_name=True)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -238,6 +240,10 @@ class Fault:
         `off` lets spikes pass.
     max_refused_steps: in a row, before the job gives up. max_rewinds: in one start of the job.
     grace_seconds: between the signal that asks to stop (SIGTERM, SIGUSR1) and the end of patience.
+    replan: where the layout is not legal on as many ranks as there are, as after the loss of a node, take the
+        nearest legal one with the same global batch instead of a refusal. null: as launch/torchrun.sh says,
+        which asks for it when the number of nodes may vary (DISTLLM_ELASTIC=1).
+    replanned: what was changed so and why; written, not to be set.
     inject: faults for tests, each KIND:KEY=VALUE,... (see trainer/inject.py).
     """
 
@@ -248,6 +254,8 @@ class Fault:
     max_refused_steps: PositiveInt
     max_rewinds: NonNegativeInt
     grace_seconds: PositiveInt
+    replan: bool | None
+    replanned: str | None
     inject: list[str]
 
 
@@ -295,8 +303,31 @@ class Select:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Export:
+    """`distllm export`: the newest checkpoint of `run.dir` as a Hugging Face folder.
+
+    path: the folder to make. dtype: of the weights; `bf16` rounds the fp32 weights of the checkpoint.
+    max_shard_bytes: largest file of weights; a tensor larger than this is a file by itself.
+    """
+
+    path: str | None
+    dtype: Literal["fp32", "bf16"]
+    max_shard_bytes: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Import:
+    """`distllm import`: start a run from the weights of the Hugging Face folder `path`."""
+
+    path: str | None
+
+
+@dataclass(frozen=True, config=BY_NAME_TOO)
 class Config:
-    """A whole job. Built only by `compose.py`, equal on every rank."""
+    """A whole job. Built only by `compose.py`, equal on every rank.
+
+    import_: users write `import`, which is a word of Python; `compose.to_plain` writes it too.
+    """
 
     run: Run
     model: Model
@@ -312,4 +343,6 @@ class Config:
     fault: Fault
     logging: Logging
     generate: Generate
+    export: Export
+    import_: Annotated[Import, Field(alias="import")]
     select: Select

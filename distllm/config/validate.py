@@ -16,7 +16,9 @@ from distllm.config.problems import Problem, UserError
 from distllm.config.schema import Config
 
 ADAPTER = TypeAdapter(Config)
-SECTIONS: dict[str, Any] = get_type_hints(Config)
+# A section as users write it -> its field; they differ where the section is a word of Python.
+FIELDS = {field.removesuffix("_"): field for field in get_type_hints(Config)}
+SECTIONS: dict[str, Any] = {name: get_type_hints(Config)[field] for name, field in FIELDS.items()}
 SETTINGS: dict[str, Any] = {
     f"{section}.{name}": annotation
     for section, section_type in SECTIONS.items()
@@ -85,7 +87,7 @@ def _typed(
 ) -> tuple[Config | None, list[Problem]]:
     # Strict JSON is the right strictness: 1 is a float and a list a tuple, but 1e3 or true is no integer.
     try:
-        return ADAPTER.validate_json(json.dumps(values)), []
+        return ADAPTER.validate_json(json.dumps(values), by_alias=True, by_name=False), []
     except ValidationError as error:
         examples = defaults()
         problems = unknown_settings(values)
@@ -142,7 +144,7 @@ def _what_is_known(values: dict[str, Any], problems: list[Problem]) -> Config:
         if section in problematic or not isinstance(content, dict):
             continue
         bad = {setting.split(".")[1] for setting in problematic if setting.startswith(f"{section}.")}
-        sections[section] = rules.Known(**{str(k): v for k, v in content.items() if k not in bad})
+        sections[FIELDS[section]] = rules.Known(**{str(k): v for k, v in content.items() if k not in bad})
     return cast(Config, rules.Known(**sections))
 
 

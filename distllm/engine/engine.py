@@ -164,4 +164,8 @@ class Engine(ABC):
 
     @abstractmethod
     def after_load(self, scalars: Mapping[str, float]) -> None:
-        """Take over what a checkpoint wrote into the fragments: scalars and working copies of the weights."""
+        """Take over what a checkpoint wrote into the fragments: scalars and working copies of the weights.
+
+        A checkpoint of weights alone has no scalars. Then the optimizer stays as it is before its first
+        update: an AdamW that finds a step beside a parameter takes the other states for made, too.
+        """

@@ -133,10 +133,11 @@ class ReplicatedEngine(Engine):
         return {"step": steps.pop() if steps else 0.0}
 
     def after_load(self, scalars: Mapping[str, float]) -> None:
-        for master in self.masters.values():
-            # fused AdamW wants its step beside the parameter, as an fp32 tensor
-            step = torch.tensor(scalars["step"], dtype=torch.float32, device=master.device)
-            self.optimizer.state[master]["step"] = step
+        if "step" in scalars:
+            for master in self.masters.values():
+                # fused AdamW wants its step beside the parameter, as an fp32 tensor
+                step = torch.tensor(scalars["step"], dtype=torch.float32, device=master.device)
+                self.optimizer.state[master]["step"] = step
         self._refresh_working_weights()
 
 

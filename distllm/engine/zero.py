@@ -154,8 +154,9 @@ class ZeroEngine(Engine):
         return {"step": steps.pop() if steps else 0.0}
 
     def after_load(self, scalars: Mapping[str, float]) -> None:
-        for owner, state in state_owners(self.zero_optimizer):
-            state["step"] = torch.tensor(scalars["step"], dtype=torch.float32, device=owner.device)
+        if "step" in scalars:
+            for owner, state in state_owners(self.zero_optimizer):
+                state["step"] = torch.tensor(scalars["step"], dtype=torch.float32, device=owner.device)
         refresh_working_weights(self.zero_optimizer)
 
 

@@ -59,6 +59,11 @@ class RunDirectory:
         except FileNotFoundError:
             return None
 
+    def last_sign(self) -> float | None:
+        """When the run last wrote a row or an event, in seconds since the epoch; None if it never has."""
+        times = [_modified(path) for path in (self.metrics_path, self.events_path)]
+        return max((time for time in times if time), default=None)
+
     def event(self, kind: str, reason: str, **fields: object) -> None:
         """Append to `events.jsonl`: a start, stop, fault or rewind, when and why."""
         append_line(self.events_path, event_row(kind, reason, **fields))
@@ -71,6 +76,10 @@ class RunDirectory:
                 with suppress(ValueError):
                     events.append(load_line(line))
         return events
+
+
+def _modified(path: Path) -> float | None:
+    return path.stat().st_mtime if path.exists() else None
 
 
 def event_row(kind: str, reason: str, **fields: object) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class MetricsWriter:
         every earlier row. Call before the first new row.
     config: the resolved configuration, for W&B.
     warn: told when the disk is full; training goes on.
+    lost_work: what was dropped.
     Raises a user error when W&B is wanted but not installed, or `metrics.jsonl` is damaged.
     """
 
@@ -37,7 +39,7 @@ class MetricsWriter:
         self._warn = warn
         self._rows = PatientLines(run.metrics_path, warn)
         start_wandb = require_wandb() if wandb else None  # refuse before any row is dropped
-        drop_rows_after(run.metrics_path, resume_step)
+        self.lost_work = drop_rows_after(run.metrics_path, resume_step)
         self._run = run
         self._event_file = EventFile(run.tensorboard_path, resume_step) if tensorboard else None
         self._wandb_run = None
@@ -60,13 +62,14 @@ class MetricsWriter:
             # W&B refuses steps that it has seen: after a rewind it keeps the first value of each.
             self._wandb_run.log(scalars, step=step)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> LostWork:
         """Forget the rows after `step`, which training goes back to."""
         self._rows.flush()
-        drop_rows_after(self._run.metrics_path, step)
+        lost = drop_rows_after(self._run.metrics_path, step)
         if self._event_file:
             self._event_file.close()
             self._event_file = EventFile(self._run.tensorboard_path, step)
+        return lost
 
     def _write_event(self, scalars: Mapping[str, float], step: int) -> None:
         """TensorBoard's file only repeats metrics.jsonl: where the disk refuses it, it ends."""
@@ -110,11 +113,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def drop_rows_after(path: Path, resume_step: int) -> None:
+@dataclass(frozen=True)
+class LostWork:
+    """Steps that are done again, and the seconds that they took."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def drop_rows_after(path: Path, resume_step: int) -> LostWork:
     """Rewrite `path` atomically without the rows after `resume_step` and without a torn last line."""
-    if path.exists():
-        kept = [row for row in read_rows(path) if resume_step > 0 and row["step"] <= resume_step]
-        write_atomically(path, b"".join(map(dump_line, kept)))
+    if not path.exists():
+        return LostWork()
+    rows = read_rows(path)
+    kept = [row for row in rows if resume_step > 0 and row["step"] <= resume_step]
+    write_atomically(path, b"".join(map(dump_line, kept)))
+    seconds = [row["step_seconds"] for row in rows[len(kept) :] if "step_seconds" in row]
+    return LostWork(len(seconds), sum(seconds))
 
 
 def require_wandb() -> Any:

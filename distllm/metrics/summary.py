@@ -59,7 +59,8 @@ class EndFacts:
 
     loss: training, at the last step; validation_loss: both nats per token. None where nothing was measured.
     gzip_bits_per_byte: `gzip -9` on the text of the validation. seconds: of this process.
-    tokens_per_second: mean over these seconds. files: what lies where, by name. sample: generated text.
+    tokens_per_second: mean over these seconds. goodput: what became of all of the run's time. files: what
+    lies where, by name. sample: generated text.
     """
 
     step: int
@@ -70,6 +71,7 @@ class EndFacts:
     validation_loss: float | None
     validation_bits_per_byte: float | None
     gzip_bits_per_byte: float | None
+    goodput: str
     files: Mapping[str, Path]
     sample: str | None
 
@@ -98,6 +100,7 @@ def end_summary(facts: EndFacts) -> str:
         "steps": f"{facts.step:,} of {facts.steps:,} {speed}",
         "loss": _losses(facts),
         "text": _compression(facts),
+        "time": facts.goodput,
         "files": table({name: str(path) for name, path in facts.files.items()}),
         "sample": _sample(facts.sample) if facts.sample else "",
     }

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from distllm.config.problems import UserError, user_error
 from distllm.runtime import cpu
+from distllm.runtime.launcher import die_with_launcher
 
 T = TypeVar("T")
 
@@ -48,11 +49,14 @@ def is_main() -> bool:
 
 def start(timeout: timedelta) -> Runtime:
     """Choose the device and create the world group: NCCL on GPUs, gloo without."""
+    die_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable
     device = _choose_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # what the watchdog reports of NCCL
     device_id = device if device.type == "cuda" else None
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         # A store in memory: a single process needs no port, so any number of them run side by side.

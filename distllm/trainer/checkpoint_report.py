@@ -79,7 +79,7 @@ def show_text(entry: Entry, manifest: Manifest) -> str:
         "layout": layout_text(details),
         "tensors": _tensors(manifest),
         "files": _files(manifest),
-        "data": _data(details.get("data")),
+        "data": _data(details),
         "versions": ", ".join(f"{name} {number}" for name, number in details.get("versions", {}).items()),
         "config": "\n".join(f"{name}={value}" for name, value in config.items()),
     }
@@ -113,11 +113,12 @@ def _files(manifest: Manifest) -> str:
     return table(lines)
 
 
-def _data(data: Mapping[str, Any] | None) -> str:
+def _data(details: Mapping[str, Any]) -> str:
+    data = details.get("data")
     if data is None:
         return "has seen none of our data"
     return (
-        f"next sample {data['next_sample']:,}, of {data['num_train_tokens']:,} training tokens "
+        f"next sample {details['state']['next_sample']:,}, of {data['num_train_tokens']:,} training tokens "
         f"with the fingerprint {data['fingerprint']}"
     )
 

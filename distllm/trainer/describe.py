@@ -8,7 +8,9 @@ from distllm.config.schema import Config
 from distllm.data.prepare import PreparedData
 from distllm.data.tokenizer import TextTokenizer
 from distllm.layout.grid import Grid
+from distllm.metrics.goodput import account, describe
 from distllm.metrics.plots import plot_loss
+from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.sinks import read_rows
 from distllm.metrics.summary import EndFacts, StartFacts, end_summary, start_summary
 from distllm.model.size import count_parameters
@@ -76,10 +78,16 @@ def finish_outputs(job: Job, seconds: float) -> None:
         validation_loss=validation.get("validation_loss"),
         validation_bits_per_byte=validation.get("validation_bits_per_byte"),
         gzip_bits_per_byte=job.validation.gzip_bits_per_byte if job.validation else None,
+        goodput=goodput(run),
         files=files,
         sample=text,
     )
     job.reporter.say(end_summary(facts))
+
+
+def goodput(run: RunDirectory) -> str:
+    """What became of the run's time so far."""
+    return describe(account(run.read_events(), read_rows(run.metrics_path), run.last_sign() or 0.0))
 
 
 def sample_text(job: Job) -> str:

@@ -12,6 +12,7 @@ from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups
 from distllm.model.build import build_model
 from distllm.model.size import flops_per_token
+from distllm.runtime.activity import Activity
 from distllm.runtime.devices import peak_flops
 from distllm.runtime.dist import Runtime
 from distllm.runtime.signals import StopRequest
@@ -41,6 +42,7 @@ class Job:
     reporter: Reporter
     checkpoints: Checkpoints
     start: TrainState
+    activity: Activity
     injector: Injector
     stop_request: StopRequest
     flops_per_token: float
@@ -63,6 +65,7 @@ def build_job(
     start: Start,
     reporter: Reporter,
     stop_request: StopRequest,
+    activity: Activity,
 ) -> Job:
     """Build all parts and load the checkpoint that `start` names. Collective."""
     batches = Batches(prepared.train, config.model.seq_length, config.train.seed)
@@ -83,6 +86,7 @@ def build_job(
         reporter=reporter,
         checkpoints=Checkpoints(config, engine, prepared, reporter, start.state),
         start=start.state,
+        activity=activity,
         injector=Injector(config.fault.inject, runtime.rank),
         stop_request=stop_request,
         flops_per_token=flops_per_token(config.model, prepared.vocab_size),

@@ -10,6 +10,8 @@ from distllm.engine.engine import Limits, StepResult
 from distllm.engine.pipeline import Microbatch
 from distllm.engine.schedule import learning_rate
 from distllm.metrics.meter import Row, training_row
+from distllm.runtime.activity import Noted
+from distllm.runtime.launcher import seconds_since_start
 from distllm.trainer.evaluate import validate
 from distllm.trainer.guards import limits
 from distllm.trainer.job import Job
@@ -19,15 +21,18 @@ from distllm.trainer.state import TrainState
 
 def fit(job: Job) -> TrainState:
     """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
-    config, reporter, state = job.config, job.reporter, job.start
+    config, reporter = job.config, job.reporter
+    state = job.start.for_batch(config.train.global_batch_size)
     recovery = Recovery(job)
+    reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
+    job.checkpoints.warn_of_short_grace()
     wants_stop = False
     while state.step < config.train.steps and not wants_stop:
         began, allowed = time.perf_counter(), limits(state, config.fault)
         result = train_step(job, state, allowed)
         wants_stop = result.wants_stop
         if not result.is_applied:
-            state = recovery.after_refusal(result, allowed, state)
+            state = recovery.after_refusal(result, allowed, state, time.perf_counter() - began)
             continue
         recovery.after_success()
         before, state = (
@@ -37,8 +42,11 @@ def fit(job: Job) -> TrainState:
             ),
         )
         reporter.training_row(make_row(job, before, state, result, time.perf_counter() - began))
+        job.activity.begin("validate and save", state.step)
         if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
-            reporter.validation_row(validate(job.engine, job.validation, state.step))
+            began = time.perf_counter()
+            row = validate(job.engine, job.validation, state.step)
+            reporter.validation_row(row | {"validation_seconds": time.perf_counter() - began})
         job.checkpoints.report()
         if is_due(state.step, config.checkpoint.interval, config.train.steps):
             job.checkpoints.save(state, "interval")
@@ -51,9 +59,10 @@ def fit(job: Job) -> TrainState:
 def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
     """One optimizer update, if what comes out is within `allowed`."""
     samples = state.samples(job.config.train.global_batch_size)
+    job.activity.begin("train", state.step, (samples.start, samples.stop))
     job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
     return job.engine.train_step(
-        load_microbatches(job, state),
+        Noted(load_microbatches(job, state), job.activity),
         rate_of(job, state),
         allowed,
         wants_stop=job.stop_request.reason is not None,

@@ -30,8 +30,10 @@ class Recovery:
     def after_success(self) -> None:
         self._refused_in_a_row = self._tries = 0
 
-    def after_refusal(self, result: StepResult, allowed: Limits, state: TrainState) -> TrainState:
-        """Where to go on. Collective."""
+    def after_refusal(
+        self, result: StepResult, allowed: Limits, state: TrainState, seconds: float
+    ) -> TrainState:
+        """Where to go on; `seconds` went into the step that was refused. Collective."""
         decision = decide(
             result,
             allowed,
@@ -41,7 +43,7 @@ class Recovery:
             num_rewinds=self._num_rewinds,
         )
         samples = state.samples(self._job.config.train.global_batch_size)
-        self._tell(decision, result, state, samples)
+        self._tell(decision, result, state, samples, seconds)
         self._refused_in_a_row += 1
         self._tries = self._tries + 1 if decision.action is Action.RETRY else 0
         if decision.action is Action.GIVE_UP:
@@ -68,17 +70,20 @@ class Recovery:
         saved = saved_state(read_manifest(choice.path))
         for first, end in state.skipped:  # by other rewinds and skips since the checkpoint
             saved = saved.without(range(first, end)) if (first, end) not in saved.skipped else saved
-        job.reporter.rewind(saved.step)
+        lost = job.reporter.rewind(saved.step)
         job.reporter.event(
             "rewind",
             f"back from step {state.step} to {choice.path.name}",
             step=saved.step,
-            lost_steps=state.step - saved.step,
+            lost_steps=lost.steps,
+            lost_seconds=lost.seconds,
             skipped_samples=[samples.start, samples.stop],
         )
         return saved.without(samples)
 
-    def _tell(self, decision: Decision, result: StepResult, state: TrainState, samples: range) -> None:
+    def _tell(
+        self, decision: Decision, result: StepResult, state: TrainState, samples: range, seconds: float
+    ) -> None:
         culprits = [] if is_finite(result) else self._first_non_finite()
         self._job.reporter.event(
             "step refused",
@@ -88,6 +93,7 @@ class Recovery:
             samples=[samples.start, samples.stop],
             loss=result.loss,
             grad_norm=result.grad_norm,
+            seconds=seconds,
             first_non_finite=[{"rank": rank, "what": what} for rank, what in culprits],
         )
         where = "".join(f"; first on rank {rank}: {what}" for rank, what in culprits[:1])

@@ -12,7 +12,7 @@ from distllm.metrics.jsonl import PatientLines
 from distllm.metrics.meter import Row
 from distllm.metrics.progress import make_progress
 from distllm.metrics.run_directory import RunDirectory, State, event_row
-from distllm.metrics.sinks import MetricsWriter
+from distllm.metrics.sinks import LostWork, MetricsWriter
 
 
 class Reporter:
@@ -57,10 +57,14 @@ class Reporter:
                 f"step {row['step']}: validation {loss:.4f} nats per token, {bits:.4f} bits per byte"
             )
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> LostWork:
         """Training goes back to where `step` updates were done."""
-        if self._writer:
-            self._writer.rewind(step)
+        return self._writer.rewind(step) if self._writer else LostWork()
+
+    @property
+    def lost_work(self) -> LostWork:
+        """Steps of an earlier start that this one does again."""
+        return self._writer.lost_work if self._writer else LostWork()
 
     def event(self, kind: str, reason: str, **fields: object) -> None:
         if self.is_main:

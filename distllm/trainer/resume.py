@@ -25,7 +25,7 @@ from distllm.trainer.state import TrainState
 ORDER_SETTINGS = ("train.seed", "model.seq_length")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 # How the run is watched and kept, which is nobody's concern at a resume.
-UNTOLD_SECTIONS = ("run", "logging", "generate", "select", "export", "import")
+UNTOLD = ("run", "logging", "generate", "select", "export", "import", "fault.replanned")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def find_start(config: Config, prepared: PreparedData) -> Start:
         saved_state(manifest),
         choice.damaged,
         finished=manifest.step >= config.train.steps,
-        changed=changed_settings(manifest.details["config"], to_plain(config), without=UNTOLD_SECTIONS),
+        changed=changed_settings(manifest.details["config"], to_plain(config), without=UNTOLD),
     )
 
 

@@ -20,6 +20,7 @@ from distllm.layout.grid import Grid
 from distllm.layout.save_groups import create_save_groups
 from distllm.metrics.format import duration
 from distllm.metrics.run_directory import utc_now
+from distllm.trainer.grace import expected_save_seconds
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.state import TrainState
 
@@ -44,6 +45,19 @@ class Checkpoints:
         self._begun_step = start.step
         self._last_error: str | None = None
         self._retention_error: str | None = None
+
+    def warn_of_short_grace(self) -> None:
+        """At the start of a job: a save that takes longer than the grace period is cut off by SIGKILL."""
+        if not self._reporter.is_main or self._config.checkpoint.interval == 0:
+            return
+        run, grace = self._reporter.run, self._config.fault.grace_seconds
+        expected = expected_save_seconds(run.path, self._engine.fragments(), run.read_events())
+        if expected is not None and expected > grace:
+            self._reporter.warn(
+                f"a save is expected to take {duration(expected)}, longer than fault.grace_seconds={grace}: "
+                "a job that is asked to stop may lose its steps since the last checkpoint. Ask for the "
+                "signal earlier, or save more often"
+            )
 
     def save(self, state: TrainState, reason: str) -> None:
         """Begin to save; with `checkpoint.async_save` the write goes on in the background. Collective."""

@@ -37,15 +37,17 @@ class TrainState:
             next_sample=self.next_sample + global_batch_size,
             losses=(*self.losses, loss)[-window:],
             grad_norms=(*self.grad_norms, grad_norm)[-window:],
-        )._past_skipped(global_batch_size)
+        ).for_batch(global_batch_size)
 
     def without(self, samples: range) -> TrainState:
         """The same, but that these samples will not be trained on."""
         skipped = (*self.skipped, (samples.start, samples.stop))
-        return replace(self, skipped=tuple(sorted(skipped)))._past_skipped(len(samples))
+        return replace(self, skipped=tuple(sorted(skipped))).for_batch(len(samples))
 
-    def _past_skipped(self, global_batch_size: int) -> TrainState:
-        """Begin the next step after skipped ranges that it would meet; where a range begins within the step
+    def for_batch(self, global_batch_size: int) -> TrainState:
+        """The same for steps of this size, which may be another than before.
+
+        Begin the next step after skipped ranges that it would meet; where a range begins within the step
         (the batch size has changed since), what comes before it is skipped too."""
         state = self
         for first, end in self.skipped:

@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from distllm.checkpoint.manager import candidates, choose
 from distllm.checkpoint.manifest import Manifest, read_manifest
 from distllm.checkpoint.store import read_tensors
-from distllm.config.problems import user_error
-from distllm.config.schema import Config, Model, Parallel, Tokenizer
+from distllm.config.schema import Config, Model, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
 from distllm.engine.pipeline import all_logits
 from distllm.layout.fragment import Fragment
 from distllm.layout.grid import Grid
 from distllm.layout.groups import create_groups, destroy_groups
 from distllm.layout.place import Place
-from distllm.metrics.run_directory import RunDirectory
 from distllm.model.build import build_model
 from distllm.runtime import dist
-from distllm.trainer.reporter import report_progress
 from distllm.trainer.sample import sample_tokens
-
-SINGLE = Parallel(
-    tensor=1,
-    sequence=False,
-    pipeline=1,
-    virtual_pipeline=1,
-    first_stage_layers=None,
-    last_stage_layers=None,
-    embedding_as_layer=False,
-    loss_as_layer=False,
-)
+from distllm.verbs.saved import SINGLE, checkpoint_to_read, refuse_launcher, tokenizer_folder
 
 
 def run(config: Config) -> int:
     """Load the weights into one process, whatever layout wrote them, and print prompt and continuation."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise user_error(
-            "WORLD_SIZE", os.environ["WORLD_SIZE"], "generate runs in one process", "no launcher"
-        )
-    path = _newest_checkpoint(config)
+    refuse_launcher("generate")
+    path = checkpoint_to_read(config)
     manifest = read_manifest(path)
     config = _as_trained(config, manifest)
-    tokenizer_folder = path / manifest.details["tokenizer"]["folder"]
-    tokenizer = TextTokenizer.load(tokenizer_folder, config.tokenizer.end_of_document)
+    tokenizer = TextTokenizer.load(tokenizer_folder(path, manifest), config.tokenizer.end_of_document)
     runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
     groups = create_groups(Grid(), runtime.timeout)
     try:
@@ -72,18 +52,6 @@ def run(config: Config) -> int:
         dist.stop(succeeded=True)
     print(config.generate.prompt + tokenizer.decode(tokens))
     return 0
-
-
-def _newest_checkpoint(config: Config) -> Path:
-    run_directory = RunDirectory(Path(config.run.dir), create=False)
-    choice = choose(candidates(run_directory.checkpoints_path, config.checkpoint))
-    for damage in choice.damaged:
-        report_progress(f"WARNING: a damaged checkpoint was passed over: {damage}")
-    if choice.path is None:
-        raise user_error(
-            "run.dir", config.run.dir, "must hold a checkpoint", "name the run.dir of a run that saved one"
-        )
-    return choice.path
 
 
 def _as_trained(config: Config, manifest: Manifest) -> Config:

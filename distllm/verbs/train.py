@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,23 +16,30 @@ from distllm.layout.groups import create_groups, destroy_groups
 from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
+from distllm.runtime.activity import Activity
 from distllm.runtime.dist import Runtime
+from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
 from distllm.trainer.describe import describe_start, finish_outputs
+from distllm.trainer.inject import parse
 from distllm.trainer.job import Job, build_job, refuse_short_data
 from distllm.trainer.loop import fit
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
+from distllm.trainer.watched import watched
 
 EXIT_PREEMPTED = 3
 
 
 def run(config: Config) -> int:
     """One process of the job, on every rank alike; returns its exit code."""
+    for injection in config.fault.inject:
+        parse(injection)  # refused before anything is done
     # Before the world exists: a long preparation is no hang. The ranks of a node take turns by a file lock.
     prepared = prepare(config.data, config.tokenizer, report_progress if dist.is_main() else lambda _: None)
     refuse_short_data(config, prepared)
-    runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
+    # Twice the watchdog's deadline: it speaks first and says more than a collective's timeout.
+    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
     succeeded, exit_code = False, 0
     lock, stop_request = _RunLock(Path(config.run.dir)), StopRequest()
     try:
@@ -80,14 +86,17 @@ def _train(
     grid = Grid.from_world_size(
         runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
     )
+    previous_sign = RunDirectory(Path(config.run.dir), create=False).last_sign()
     reporter = Reporter(config, runtime.is_main, start.state.step)
-    _open_run(config, runtime, prepared, start, reporter)
+    _open_run(config, runtime, prepared, start, reporter, previous_sign)
     reporter.say(describe_start(config, prepared, grid, start))
     begin = time.monotonic()
     groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
     try:
-        job = build_job(config, runtime, groups, prepared, start, reporter, stop_request)
-        end = fit(job)
+        activity = Activity()
+        job = build_job(config, runtime, groups, prepared, start, reporter, stop_request, activity)
+        with watched(config, runtime, activity, reporter):
+            end = fit(job)
         reporter.close()
         if end.step < config.train.steps:
             return _say_preempted(end.step, job)
@@ -118,11 +127,16 @@ def _say_preempted(step: int, job: Job) -> int:
     job.reporter.say(
         f"stopped after step {step} of {job.config.train.steps}: {reason}. The same command goes on."
     )
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
+    return 0 if is_under_agent() else EXIT_PREEMPTED
 
 
 def _open_run(
-    config: Config, runtime: Runtime, prepared: PreparedData, start: Start, reporter: Reporter
+    config: Config,
+    runtime: Runtime,
+    prepared: PreparedData,
+    start: Start,
+    reporter: Reporter,
+    previous_sign: float | None,
 ) -> None:
     """Make the run directory tell how this start came about."""
     if not runtime.is_main:
@@ -134,12 +148,29 @@ def _open_run(
     for damage in start.damaged:
         reporter.event("damaged checkpoint", damage)
         reporter.say(f"WARNING: a damaged checkpoint was passed over: {damage}")
+    if config.fault.replanned:
+        reporter.event("replanned", config.fault.replanned)
+        reporter.say(f"WARNING: another layout than asked for, on {config.fault.replanned}")
     if start.changed:
         changed = {name: f"{before} -> {now}" for name, (before, now) in start.changed.items()}
         reporter.event("changed settings", "the command line differs from the checkpoint's", **changed)
         reporter.say(f"changed since the checkpoint: {', '.join(f'{k}: {v}' for k, v in changed.items())}")
+    if is_plain_torchrun():
+        reporter.warn(
+            "started by plain torchrun, under which a failed rank cannot be restarted in place "
+            "(pytorch#135712): use launch/torchrun.sh, which takes the same arguments"
+        )
     origin = f"resumed from {start.path}" if start.path else "from scratch"
-    reporter.event("start", origin, step=start.state.step, world_size=runtime.world_size)
+    reporter.event(
+        "start",
+        origin,
+        step=start.state.step,
+        world_size=runtime.world_size,
+        process_started=round(time.time() - seconds_since_start(), 3),
+        previous_sign=previous_sign,
+        lost_steps=reporter.lost_work.steps,
+        lost_seconds=round(reporter.lost_work.seconds, 3),
+    )
     reporter.status("running", origin, step=start.state.step)
 
 

@@ -79,10 +79,10 @@ def make_room_after_step_10() -> None:
     loop: Any = importlib.import_module("distllm.trainer.loop")
     train_step = loop.train_step
 
-    def making_room(job: Any, state: Any) -> Any:
+    def making_room(job: Any, state: Any, allowed: Any) -> Any:
         if state.step == 10:
             Path("disk/ballast").unlink()
-        return train_step(job, state)
+        return train_step(job, state, allowed)
 
     loop.train_step = making_room
 

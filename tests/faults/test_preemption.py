@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import ForkedJob
+from commands import ForkedJob, fork
 from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
 
 STEPS = 60
@@ -39,7 +41,7 @@ def wait_for_steps(job: ForkedJob, run: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("is_agent", [False, True])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
@@ -90,4 +92,27 @@ def test_two_signals_are_one_wish(folder: Path) -> None:
                 os.kill(process.pid or 0, signal.SIGTERM)
         ends = job.wait()
     assert {end.exit_code for end in ends} == {3}
-    assert [event["kind"] for event in events(folder / "twice")] == ["start", "checkpoint", "stop"]
+    assert [event["kind"] for event in events(folder / "twice")] == ["start", "ready", "checkpoint", "stop"]
+
+
+def slow_disk() -> None:
+    """A save that takes three seconds."""
+    store: Any = importlib.import_module("distllm.checkpoint.store")
+    write_shard = store._write_shard
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(3)
+        return write_shard(*arguments)
+
+    store._write_shard = slow
+
+
+def test_a_grace_too_short_for_a_save_is_told_at_the_start(folder: Path) -> None:
+    """Known from the run's last save; and by a probe of the disk where there is none."""
+    settings = (*SMALL_RUN, "run.dir=grace", "checkpoint.interval=4", "fault.grace_seconds=2")
+    first = fork(folder, "train", *settings, "train.steps=4", sabotage=slow_disk)
+    assert first.exit_code == 0, first.output
+    assert "a save is expected" not in first.output, "three megabytes are written at once"
+    second = fork(folder, "train", *settings, "train.steps=5")
+    assert "a save is expected to take 3." in second.stderr
+    assert "fault.grace_seconds=2" in second.stderr

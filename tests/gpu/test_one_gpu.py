@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,36 @@ def test_resume_equals_the_uninterrupted_run(
     parts = train(corpus, tmp_path / "parts", *job, "train.steps=10")
     tolerance = 1e-5 if precision == "fp32" else 2e-3
     assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], rel=tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_save_in_the_background_is_of_its_moment(stage: int, corpus: Path, tmp_path: Path) -> None:
+    """From pinned memory, while the next steps change what is being copied; every step is saved."""
+    job = (f"zero.stage={stage}", "train.precision=bf16", "schedule=constant", "checkpoint.keep=20")
+    run = tmp_path / "run"
+    whole = train(corpus, run, *job, "train.steps=10", "checkpoint.interval=1")
+    for step in (3, 9):
+        kept = tmp_path / f"from {step}"
+        (kept / "checkpoints").mkdir(parents=True)
+        name = f"step_{step:08}"
+        shutil.copytree(run / "checkpoints" / name, kept / "checkpoints" / name)
+        rows = train(corpus, kept, *job, "train.steps=10", "checkpoint.interval=0")
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole[step:]], rel=2e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_does_not_happen(
+    stage: int, precision: str, corpus: Path, tmp_path: Path
+) -> None:
+    job = (f"zero.stage={stage}", f"train.precision={precision}", "train.steps=10")
+    whole = train(corpus, tmp_path / "whole", *job)
+    faulty = train(corpus, tmp_path / "faulty", *job, "fault.inject=['nan:step=4']")
+    tolerance = 1e-5 if precision == "fp32" else 2e-3
+    assert [row["loss"] for row in faulty] == pytest.approx([row["loss"] for row in whole], rel=tolerance)
+    events = (tmp_path / "faulty" / "events.jsonl").read_text()
+    assert '"action": "retry"' in events
+    assert '"what": "output_layer.weight"' in events
 
 
 def test_generate_reads_what_a_gpu_wrote(corpus: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_run_leaves_all_of_the_contract(workplace: Workplace, single: Finished
     assert (run / "samples.txt").read_text().startswith(f"=== step {STEPS} ===\ndef ")
     assert (status(run)["state"], status(run)["step"]) == ("completed", STEPS)
     kinds = [event["kind"] for event in events(run)]
-    assert kinds == ["start", "checkpoint", "checkpoint", "checkpoint", "stop"]
+    assert kinds == ["start", "ready", "checkpoint", "checkpoint", "checkpoint", "stop"]
 
 
 def test_rows_have_what_the_contract_names(workplace: Workplace, single: Finished) -> None:
@@ -240,11 +240,11 @@ def die_after_six_steps() -> None:
     loop: Any = importlib.import_module("distllm.trainer.loop")
     train_step = loop.train_step
 
-    def dying(job: Any, state: Any) -> Any:
+    def dying(job: Any, state: Any, allowed: Any) -> Any:
         if state.step == 6:
             job.checkpoints.finish()  # with the checkpoint of step 4 on disk, or the test hangs on the race
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(job, state)
+        return train_step(job, state, allowed)
 
     loop.train_step = dying
 
@@ -410,7 +410,7 @@ def test_an_interrupted_run_says_so(workplace: Workplace, single: Finished) -> N
     assert "Traceback" not in stderr
     assert status(run)["state"] == "failed"
     assert "KeyboardInterrupt" in status(run)["reason"]
-    assert [event["kind"] for event in events(run)] == ["start", "stop"]
+    assert [event["kind"] for event in events(run)] == ["start", "ready", "stop"]
 
 
 def test_data_and_tokenizer_are_prepared_once(workplace: Workplace) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "plan": {"config", "layout", "model"},
     "trainer": {"config", "layout", "runtime", "plan"} | SIBLINGS,
     "verbs": {"config", "layout", "runtime", "plan", "trainer"} | SIBLINGS,
-    "__main__": {"config", "runtime", "verbs"},
+    "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {
     "megatron": ("model/", "layout/groups.py", "engine/pipeline.py", "runtime/cpu.py", "data/indexed.py"),

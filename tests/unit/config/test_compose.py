@@ -107,6 +107,21 @@ def test_the_text_of_a_config_keeps_every_string_and_number(prompt: str, rate: f
     assert compose.from_yaml(compose.to_yaml(config)) == config
 
 
+def test_a_section_named_by_a_word_of_python_is_written_as_users_write_it() -> None:
+    config = load("import.path=folder")
+    assert config.import_.path == "folder"
+    assert compose.to_plain(config)["import"] == {"path": "folder"}
+    assert "import_" not in compose.to_plain(config)
+    assert "\nimport:\n  path: folder\n" in compose.to_yaml(config)
+    assert compose.config_hash(config) != compose.config_hash(BASE)
+    with pytest.raises(
+        UserError, match=r"import_=.*\n    rule: is not a setting of distllm\n    fix:  did you mean import"
+    ):
+        load("import_.path=folder")
+    with pytest.raises(UserError, match="import_"):
+        compose.from_yaml(compose.to_yaml(config).replace("\nimport:", "\nimport_:"))
+
+
 def test_a_spoilt_text_is_the_users_mistake() -> None:
     text = compose.to_yaml(BASE).replace("steps: 1000", "steps: many")
     with pytest.raises(UserError, match=r"train\.steps=many"):

@@ -39,6 +39,7 @@ END = EndFacts(
     validation_loss=3.3,
     validation_bits_per_byte=1.832,
     gzip_bits_per_byte=2.51,
+    goodput="90% productive",
     files={"metrics": Path("runs/quickstart/metrics.jsonl"), "loss curve": Path("runs/quickstart/loss.png")},
     sample="def f(n):\n\treturn n",
 )
@@ -99,7 +100,7 @@ def test_end_leaves_out_what_was_not_measured() -> None:
         replace(END, step=10, validation_loss=None, validation_bits_per_byte=None, sample=None)
     )
     assert text.startswith("distllm: training has stopped")
-    assert set(sections(text)) == {"steps", "loss", "files"}
+    assert set(sections(text)) == {"steps", "loss", "time", "files"}
     assert "gzip" not in text
     assert "gzip" not in end_summary(replace(END, gzip_bits_per_byte=None))
 

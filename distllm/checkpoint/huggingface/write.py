@@ -1,0 +1,76 @@
+"""Weights into Hugging Face's files, tensor by tensor, with at most one file in memory.
+
+Either `model.safetensors`, or several files and `model.safetensors.index.json`, which says what lies where.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distllm.checkpoint.huggingface.names import Counterpart
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def write_weights(
+    folder: Path,
+    counterparts: Sequence[Counterpart],
+    read: Callable[[Counterpart], Tensor],
+    dtype: str,
+    max_bytes: int,
+) -> None:
+    """Write the weights that `read` gives, rounded to `dtype`, as files of at most `max_bytes` of weights."""
+    shapes = {name: shape for c in counterparts for name, shape in c.their_shapes.items()}
+    itemsize = DTYPES[dtype].itemsize
+    plan = plan_files({name: math.prod(shape) * itemsize for name, shape in shapes.items()}, max_bytes)
+    file_of = {name: file for file, names in plan.items() for name in names}
+    waiting: dict[str, Tensor] = {}
+    for counterpart in counterparts:
+        for name, tensor in counterpart.export_tensors(read(counterpart).to(DTYPES[dtype])).items():
+            waiting[name] = tensor
+            if name == plan[file_of[name]][-1]:
+                _write_file(folder / file_of[name], waiting)
+                waiting.clear()
+    assert not waiting, f"{list(waiting)} are in no file"
+    if len(plan) > 1:
+        numel = sum(map(math.prod, shapes.values()))
+        metadata = {"total_parameters": numel, "total_size": numel * itemsize}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": file_of})
+
+
+def _write_file(file: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})  # transformers 4 wants to be told the framework
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+
+
+def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """{file: tensors}: in their order, at most `max_bytes` together; one that is larger is a file by itself.
+
+    sizes: {tensor: bytes}.
+    """
+    files: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not files or filled + size > max_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    if len(files) == 1:
+        return {WEIGHTS: files[0]}
+    count = len(files)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(files, 1)}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

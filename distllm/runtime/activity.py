@@ -1,0 +1,99 @@
+"""What this rank is doing right now, written by the training thread and read by the watchdog's."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+MAIN_THREAD = threading.main_thread().ident or 0
+WAITING_FOLDERS = ("/torch/distributed/", "/deepspeed/comm/")
+WAITING_FILES = "/pipeline_parallel/p2p_communication.py"
+
+
+@dataclass
+class Activity:
+    """step: updates done. samples: [first, end) of the step. microbatch: the last one that was begun.
+
+    phase: what the trainer is at, such as "train" or "validate". progressed_at: monotonic seconds of the last
+    sign of progress. Plain attributes: the reader may see one newer than another, which does not matter.
+    """
+
+    step: int = 0
+    samples: tuple[int, int] = (0, 0)
+    microbatch: int = -1
+    phase: str = "start"
+    progressed_at: float = field(default_factory=time.monotonic)
+
+    def begin(self, phase: str, step: int, samples: tuple[int, int] = (0, 0)) -> None:
+        self.phase, self.step, self.samples, self.microbatch = phase, step, samples, -1
+        self.progressed_at = time.monotonic()
+
+    def begin_microbatch(self, index: int) -> None:
+        self.microbatch = index
+        self.progressed_at = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        return time.monotonic() - self.progressed_at
+
+
+class Noted(Sequence[Item], Generic[Item]):
+    """A list of microbatches that tells the activity which of them is taken."""
+
+    def __init__(self, items: Sequence[Item], activity: Activity) -> None:
+        self._items, self._activity = items, activity
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int or slice
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        for index, item in enumerate(self._items):
+            self._activity.begin_microbatch(index)
+            yield item
+
+
+@dataclass(frozen=True)
+class Place:
+    """A frame of the training thread."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.function}"
+
+
+def main_thread_places() -> list[Place]:
+    """Where the training thread is, innermost first. Cheap: no source is read."""
+    frame: FrameType | None = sys._current_frames().get(MAIN_THREAD)
+    places = []
+    while frame:
+        places.append(Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return places
+
+
+def collective_of(places: Sequence[Place]) -> str | None:
+    """The collective or message that the training thread waits for; None if it is at something else.
+
+    gloo's calls block in these files. With NCCL the thread waits where a result is read, which the engine
+    does in `_combine`; what autograd's own threads wait for is not seen.
+    """
+    for depth, place in enumerate(places[:8]):
+        if place.file.endswith(WAITING_FILES) or any(part in place.file for part in WAITING_FOLDERS):
+            outer = [p.function for p in places[depth:] if any(part in p.file for part in WAITING_FOLDERS)]
+            named = [function for function in outer if function != "wrapper"]
+            return named[-1] if named else place.function
+        if place.function == "_combine":
+            return "combine loss"
+    return None

@@ -1,0 +1,42 @@
+"""What the process that started this rank is, and what follows from it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def is_under_agent() -> bool:
+    """Whether torchrun's agent watches this rank: it restarts all ranks when one ends with another code than
+    0, and hides the code from its caller."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_plain_torchrun() -> bool:
+    """Whether torchrun was started without launch/torchrun.sh, which sets what its restarts need."""
+    return is_under_agent() and "DISTLLM_LAUNCHER" not in os.environ
+
+
+def die_with_launcher() -> None:
+    """Let the kernel kill this rank when its agent dies: else it lives on as an orphan, holds its port, its
+    GPU and the run directory, and waits for peers that are gone."""
+    if not is_under_agent() or not hasattr(signal, "SIGKILL") or os.name != "posix":
+        return
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    except AttributeError:
+        return  # not Linux
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # the agent died before the call
+
+
+def seconds_since_start() -> float:
+    """Since this process was made; Linux counts it in ticks since boot."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return max(0.0, uptime - started)

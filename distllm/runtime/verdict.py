@@ -1,0 +1,57 @@
+"""From what every rank was doing when nothing moved any more to who is to blame. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distllm.runtime.heartbeat import STALE_SECONDS, Beat
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """suspects: ranks that the others wait for; empty where nobody stands out."""
+
+    suspects: tuple[int, ...]
+    reason: str
+
+
+def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int) -> Verdict:
+    """beats: of each rank, its last. ages: seconds since each rank's last beat.
+
+    In order: a rank without a sign of life is stopped, dead, or held up inside one call; a rank that lives
+    but waits for nobody, while others wait, is stuck in what it does; of ranks that all wait, those who are
+    behind were not where the others expected them.
+    """
+    silent = [rank for rank in range(world_size) if ages.get(rank, float("inf")) > STALE_SECONDS]
+    if silent:
+        return Verdict(tuple(silent), "no sign of life: stopped, dead, or held up inside one call")
+    waiting = [rank for rank, beat in beats.items() if beat.collective]
+    stuck = [rank for rank in beats if rank not in waiting]
+    if waiting and stuck:
+        return Verdict(tuple(stuck), "alive and outside of communication, while the others wait")
+    if not waiting:
+        return Verdict(tuple(stuck), "alive, and no rank waits for another")
+    progress = {rank: (beat.step, beat.microbatch) for rank, beat in beats.items()}
+    behind = [rank for rank in progress if progress[rank] < max(progress.values())]
+    if behind:
+        return Verdict(tuple(behind), "waiting like all others, but behind them")
+    return Verdict((), "all ranks wait at the same place: the network, or ranks in different collectives")
+
+
+def stragglers(
+    beats: Mapping[int, Beat], factor: float = 1.5, least_seconds: float = 0.1
+) -> dict[int, float]:
+    """{rank: its busy time over the median}, of ranks that hold the others up.
+
+    Busy is what is left of a step outside of communication: the fast ranks wait there for the slow ones.
+    """
+    if len(beats) < 2:
+        return {}
+    median = statistics.median_low(beat.busy_seconds for beat in beats.values())
+    return {
+        rank: beat.busy_seconds / max(median, 1e-3)
+        for rank, beat in beats.items()
+        if beat.busy_seconds > factor * median and beat.busy_seconds - median > least_seconds
+    }
