@@ -38,8 +38,9 @@ options=(
     --rdzv-conf "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"
 )
 # Alone on one machine torchrun takes a static rendezvous, whose ranks meet in the agent's store whatever is set
-# above; --standalone has none of that, and any free port.
+# above; --standalone has none of that, and any free port. Its ranks would look for each other by the machine's name,
+# which nobody resolves in some containers.
 if [[ ! " $* " =~ \ --(nnodes|node.rank|rdzv|master|standalone) ]]; then
-    options+=(--standalone)
+    options+=(--standalone --local-addr 127.0.0.1)
 fi
 exec "$python" -m torch.distributed.run "${options[@]}" "$@"
