@@ -147,3 +147,23 @@ def test_a_killed_node_costs_a_layout_until_it_comes_back(folder: Path) -> None:
     (replanned, *_) = events(run, "replanned")
     assert replanned["reason"].startswith("2 ranks: parallel.")
     assert "must be a multiple of parallel.tensor x parallel.pipeline = 4" in replanned["reason"]
+
+
+@pytest.mark.long
+def test_a_stopped_rank_costs_a_restart(folder: Path) -> None:
+    """torchrun notices nothing of it: the watchdog names the rank and ends the job, torchrun restarts it."""
+    log, run = folder / "stopped.a.log", folder / "stopped"
+    overrides = ("fault.inject=['sleep:seconds=0.1,times=0']", "fault.hang_seconds=5", "zero.stage=3")
+    with agent(folder, "stopped", "a", ["--nproc-per-node=2", "--max-restarts=3"], *overrides) as process:
+        wait_until(lambda: len(read_rows(run)) >= 7, "step 7", log)
+        os.kill(ranks(run)[1], signal.SIGSTOP)
+        assert process.wait(timeout=120) == 0, log.read_text()[-6000:]
+    assert_on_the_curve(folder, "stopped")
+    (file,) = run.glob("hang_*.json")
+    assert json.loads(file.read_text())["suspects"] == [1]
+    assert [event["kind"] for event in events(run) if event["kind"] in ("start", "hang")] == [
+        "start",
+        "hang",
+        "start",
+    ]
+    assert status(run)["state"] == "completed"
