@@ -28,7 +28,7 @@ from distllm.config.rules import check_model
 from distllm.config.schema import Config, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
 from distllm.metrics.format import count
-from distllm.metrics.run_directory import RunDirectory
+from distllm.metrics.run_directory import RunDirectory, utc_now
 from distllm.metrics.run_lock import RunLock
 from distllm.model.size import count_parameters
 from distllm.runtime import dist
@@ -134,6 +134,7 @@ def _details(config: Config, vocab_size: int) -> dict[str, Any]:
     """As the trainer writes them; there is no data yet that the run would have to go on with."""
     return {
         "reason": "import",
+        "time": utc_now(),
         "config": to_plain(config),
         "layout": {"data": 1, "tensor": 1, "pipeline": 1},
         "data": None,
