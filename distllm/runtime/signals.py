@@ -24,12 +24,19 @@ class StopRequest:
 
     def __init__(self, notify: Callable[[str], None] = lambda reason: None) -> None:
         self.reason: str | None = None
+        self._is_interrupted = False
         self._notify = notify
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
         self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def check_interrupt(self) -> None:
+        """Raise the KeyboardInterrupt that Python raised before, if it was lost: one that comes while a weak
+        reference or an object goes away is printed and ignored."""
+        if self._is_interrupted:
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         signal.set_wakeup_fd(self._previous_wakeup)
@@ -40,6 +47,8 @@ class StopRequest:
     def _listen(self) -> None:
         while received := os.read(self._reader, 1):
             number = received[0]
+            if number == signal.SIGINT:
+                self._is_interrupted = True
             if number in STOP_SIGNALS and self.reason is None:
                 self.reason = signal.Signals(number).name
                 self._notify(self.reason)

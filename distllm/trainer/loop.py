@@ -28,6 +28,7 @@ def fit(job: Job) -> TrainState:
     job.checkpoints.warn_of_short_grace()
     wants_stop = False
     while state.step < config.train.steps and not wants_stop:
+        job.stop_request.check_interrupt()
         began, allowed = time.perf_counter(), limits(state, config.fault)
         result = train_step(job, state, allowed)
         wants_stop = result.wants_stop

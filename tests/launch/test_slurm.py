@@ -58,6 +58,9 @@ class Site(Workplace):
             return metrics.exists() and metrics.read_bytes().count(b'"loss"') >= step
 
         self.cluster.wait(arrived, 120, f"step {step}")
+        if step > INTERVAL:  # it is saved in the background
+            saved = self.folder / run / "checkpoints" / f"step_{INTERVAL:08d}" / "manifest.json"
+            self.cluster.wait(saved.exists, 60, f"checkpoint of step {INTERVAL}")
 
     def assert_completed(self, run: str, job: dict[str, str], *, restarts: int) -> None:
         """After this many restarts: each step once, with the losses of the run that nothing interrupted."""
