@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import reference
 import torch
 from deepspeed.utils import safe_get_full_grad
 
 from distllm.config import compose
-from distllm.config.schema import Config
+from distllm.config.schema import Config, Model
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine, StepResult
 from distllm.engine.pipeline import Microbatch
@@ -218,3 +219,20 @@ def assert_traces_equal(actual: Trace, expected: Trace, what: str) -> None:
         error = ((actual.gradients[name] - gradient).norm() / gradient.norm()).item()
         assert error <= 1e-5, f"{what}: first gradient of {name} is {error:.1e} of its norm off"
     assert_weights_close(actual.weights, expected.weights, atol=1e-5, what=what)
+
+
+def reference_shape(model: Model) -> reference.Shape:
+    """The same model for the implementation from scratch."""
+    return reference.Shape(
+        layers=model.num_layers,
+        heads=model.num_attention_heads,
+        groups=model.num_query_groups,
+        head_dim=model.resolved_head_dim,
+        norm=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        positions=model.position_embedding,
+        rope_base=model.rope_base,
+        activation=model.activation,
+        tied=model.tie_embeddings,
+        vocab_size=VOCAB_SIZE,
+    )

@@ -21,7 +21,8 @@ class Activity:
     """step: updates done. samples: [first, end) of the step. microbatch: the last one that was begun.
 
     phase: what the trainer is at, such as "train" or "validate". progressed_at: monotonic seconds of the last
-    sign of progress. Plain attributes: the reader may see one newer than another, which does not matter.
+    sign of progress. patience_seconds: what the phase may take without one, if that is more than usual.
+    Plain attributes: the reader may see one newer than another, which does not matter.
     """
 
     step: int = 0
@@ -29,9 +30,13 @@ class Activity:
     microbatch: int = -1
     phase: str = "start"
     progressed_at: float = field(default_factory=time.monotonic)
+    patience_seconds: float = 0.0
 
-    def begin(self, phase: str, step: int, samples: tuple[int, int] = (0, 0)) -> None:
+    def begin(
+        self, phase: str, step: int, samples: tuple[int, int] = (0, 0), patience_seconds: float = 0.0
+    ) -> None:
         self.phase, self.step, self.samples, self.microbatch = phase, step, samples, -1
+        self.patience_seconds = patience_seconds
         self.progressed_at = time.monotonic()
 
     def begin_microbatch(self, index: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,3 @@ def age_seconds(path: Path) -> float:
         return float("inf")
     finally:
         probe.unlink(missing_ok=True)
-
-
-def now() -> float:
-    return time.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -24,12 +25,9 @@ def is_plain_torchrun() -> bool:
 def die_with_launcher() -> None:
     """Let the kernel kill this rank when its agent dies: else it lives on as an orphan, holds its port, its
     GPU and the run directory, and waits for peers that are gone."""
-    if not is_under_agent() or not hasattr(signal, "SIGKILL") or os.name != "posix":
+    if not is_under_agent() or sys.platform != "linux":
         return
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except AttributeError:
-        return  # not Linux
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
         os.kill(os.getpid(), signal.SIGKILL)  # the agent died before the call
 

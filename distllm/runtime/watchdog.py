@@ -28,7 +28,6 @@ from distllm.runtime.heartbeat import (
     Beat,
     age_seconds,
     beat_path,
-    now,
     read_beats,
     write_beat,
 )
@@ -98,12 +97,13 @@ class Watchdog:
             if time.monotonic() < next_beat:
                 continue
             next_beat = time.monotonic() + BEAT_SECONDS
-            if self._activity.idle_seconds > self._hang_seconds:
+            patience = max(self._hang_seconds, self._activity.patience_seconds)
+            if self._activity.idle_seconds > patience:
                 self._end()
             self._beat()
             # Longer than our own deadline, which is better when it can run: it speaks for all ranks.
             faulthandler.dump_traceback_later(
-                self._hang_seconds + 2 * STALE_SECONDS, exit=True, file=self._stack_file or 2
+                patience + 2 * STALE_SECONDS, exit=True, file=self._stack_file or 2
             )
             if self._rank == 0 and time.monotonic() > next_look:
                 next_look = time.monotonic() + STRAGGLER_SECONDS
@@ -116,7 +116,7 @@ class Watchdog:
             rank=self._rank,
             pid=os.getpid(),
             host=socket.gethostname(),
-            time=now(),
+            time=time.time(),
             step=activity.step,
             microbatch=activity.microbatch,
             samples=activity.samples,

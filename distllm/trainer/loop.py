@@ -33,6 +33,7 @@ def fit(job: Job) -> TrainState:
         result = train_step(job, state, allowed)
         wants_stop = result.wants_stop
         if not result.is_applied:
+            be_patient(job, state)  # a rewind reads a checkpoint
             state = recovery.after_refusal(result, allowed, state, time.perf_counter() - began)
             continue
         recovery.after_success()
@@ -43,7 +44,7 @@ def fit(job: Job) -> TrainState:
             ),
         )
         reporter.training_row(make_row(job, before, state, result, time.perf_counter() - began))
-        job.activity.begin("validate and save", state.step)
+        be_patient(job, state)
         if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
             began = time.perf_counter()
             row = validate(job.engine, job.validation, state.step)
@@ -51,6 +52,7 @@ def fit(job: Job) -> TrainState:
         job.checkpoints.report()
         if is_due(state.step, config.checkpoint.interval, config.train.steps):
             job.checkpoints.save(state, "interval")
+    be_patient(job, state)
     if wants_stop:
         job.checkpoints.save_to_stop(state)
     job.checkpoints.finish()
@@ -68,6 +70,12 @@ def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
         allowed,
         wants_stop=job.stop_request.reason is not None,
     )
+
+
+def be_patient(job: Job, state: TrainState) -> None:
+    """Validation, saving and loading show no progress on the way; none may take longer than a save may."""
+    patience = job.config.checkpoint.timeout_seconds
+    job.activity.begin("validate, save or load", state.step, patience_seconds=patience)
 
 
 def rate_of(job: Job, state: TrainState) -> float:

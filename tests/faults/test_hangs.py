@@ -116,3 +116,26 @@ def test_a_slow_rank_is_named_while_the_job_goes_on(folder: Path) -> None:
     assert all(event["busy_seconds"] > 0.3 for event in found)
     assert "rank 2 on " in ends[0].stderr
     assert status(folder / "slow")["state"] == "completed"
+
+
+def slow_disk() -> None:
+    """Saves that take longer than a hang may."""
+    import importlib
+
+    store: Any = importlib.import_module("distllm.checkpoint.store")
+    write_shard = store._write_shard
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(7)
+        return write_shard(*arguments)
+
+    store._write_shard = slow
+
+
+def test_a_slow_save_is_no_hang(folder: Path) -> None:
+    """At once, and awaited at the end: fault.hang_seconds is 4, a save takes 7."""
+    arguments = (*RUN, "run.dir=slow_save", "train.steps=5", "checkpoint.async_save=false")
+    with ForkedJob(folder, "train", *arguments, sabotage=slow_disk) as job:
+        (end,) = job.wait(90)
+    assert end.exit_code == 0, end.output
+    assert not list((folder / "slow_save").glob("hang_*"))

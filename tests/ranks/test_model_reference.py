@@ -15,8 +15,6 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from distllm.config.schema import Config
-
 LLAMA = ("model=tiny",)
 GPT2 = (
     "model=gpt2_124m",
@@ -35,23 +33,6 @@ SHAPES = {
     "gpt2": GPT2,
     "gpt2, untied, exact gelu": (*GPT2, "model.tie_embeddings=false", "model.activation=gelu"),
 }
-
-
-def shape_of(config: Config) -> reference.Shape:
-    model = config.model
-    return reference.Shape(
-        layers=model.num_layers,
-        heads=model.num_attention_heads,
-        groups=model.num_query_groups,
-        head_dim=model.resolved_head_dim,
-        norm=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        positions=model.position_embedding,
-        rope_base=model.rope_base,
-        activation=model.activation,
-        tied=model.tie_embeddings,
-        vocab_size=jobs.VOCAB_SIZE,
-    )
 
 
 @dataclasses.dataclass
@@ -92,7 +73,7 @@ def test_logits_loss_and_gradients(name: str) -> None:
     config = jobs.make_config(*SHAPES[name], "train.global_batch_size=3", "train.micro_batch_size=3")
     (ours,) = run_ranks(1, our_passes, SHAPES[name])
     weights = {n: w.double().requires_grad_() for n, w in ours.weights.items()}
-    shape, tokens = shape_of(config), jobs.global_batch(0, config)
+    shape, tokens = jobs.reference_shape(config.model), jobs.global_batch(0, config)
 
     expected = reference.logits(weights, tokens[:, :-1], shape)
     torch.testing.assert_close(ours.logits.double(), expected, rtol=1e-5, atol=2e-5)

@@ -125,7 +125,7 @@ def test_exported_tensors_compute_the_same(shape: str) -> None:
     missing, unexpected = theirs.load_state_dict(exported, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if model.tie_embeddings else [], [])
     tokens = torch.randint(0, VOCAB_SIZE, (2, 32), generator=torch.Generator().manual_seed(2))
-    ours = reference.logits(flat_gates(weights), tokens, reference_shape(model))
+    ours = reference.logits(flat_gates(weights), tokens, jobs.reference_shape(model))
     with torch.no_grad():
         difference = (theirs(tokens).logits - ours).abs().max() / ours.abs().max()
     assert difference < 1e-6
@@ -134,22 +134,6 @@ def test_exported_tensors_compute_the_same(shape: str) -> None:
 def flat_gates(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gate and up projection stacked, as modules have them: [2, ffn, ...] -> [2 * ffn, ...]."""
     return {n: w.flatten(0, 1) if ".linear_fc1." in n and w.size(0) == 2 else w for n, w in weights.items()}
-
-
-def reference_shape(model: Model) -> reference.Shape:
-    return reference.Shape(
-        layers=model.num_layers,
-        heads=model.num_attention_heads,
-        groups=model.num_query_groups,
-        head_dim=model.resolved_head_dim,
-        norm=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        positions=model.position_embedding,
-        rope_base=model.rope_base,
-        activation=model.activation,
-        tied=model.tie_embeddings,
-        vocab_size=VOCAB_SIZE,
-    )
 
 
 def built_places(rank: int, cases: list[tuple[str, ...]]) -> list[dict[str, Shape]]:
