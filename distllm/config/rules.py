@@ -1,11 +1,11 @@
-"""Every rule that joins several settings; one small function per rule. Those of layouts: `layout_rules.py`.
+"""Every rule that joins several settings; one small function per rule. Layouts: `layout_rules.py`; data:
+`data_rules.py`.
 
 `check` is pure, `check_environment` looks at the files of this machine, `check_versions` at its packages.
 """
 
 from __future__ import annotations
 
-import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from distllm.config import data_rules
 from distllm.config.layout_rules import LAYOUT_RULES, Rule
 from distllm.config.problems import Problem
 from distllm.config.schema import Config
@@ -172,16 +173,6 @@ def _gradient_accumulation(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("train.gradient_accumulation", kind, rule, fix)
 
 
-def _data_path(config: Config, _: int) -> Iterator[Problem]:
-    source, path = config.data.source, config.data.path
-    if source == "stdlib" and path is not None:
-        rule = "must be null for data.source=stdlib, which finds its files itself"
-        yield Problem("data.path", path, rule, "data=text, data=jsonl or data=parquet, with this data.path")
-    elif source != "stdlib" and not path:
-        rule = f"is required for data.source={source}"
-        yield Problem("data.path", path, rule, "data.path='FOLDER/**/*', a glob of files")
-
-
 def _tokenizer_path(config: Config, _: int) -> Iterator[Problem]:
     kind, path = config.tokenizer.kind, config.tokenizer.path
     if kind == "huggingface" and not path:
@@ -219,15 +210,6 @@ def _special_tokens(config: Config, _: int) -> Iterator[Problem]:
         rule = f"must be distinct, not empty, and without the end of a document {end}"
         unique = [token for token in dict.fromkeys(tokens) if token and token != end]
         yield Problem("tokenizer.special_tokens", tokens, rule, f"tokenizer.special_tokens={unique}")
-
-
-def _data_found(config: Config, _: int) -> Iterator[Problem]:
-    pattern = config.data.path
-    if config.data.source != "stdlib" and pattern:
-        files = glob.iglob(os.path.expanduser(pattern), recursive=True)
-        if not any(os.path.isfile(file) for file in files):
-            rule = f"must match files; none does, seen from {os.getcwd()}"
-            yield Problem("data.path", pattern, rule, "data.path='FOLDER/**/*.txt', quoted for the shell")
 
 
 def _tokenizer_found(config: Config, _: int) -> Iterator[Problem]:
@@ -300,7 +282,15 @@ def _import_folder(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("import.path", path, rule, fix)
 
 
-_DATA_RULES: tuple[Rule, ...] = (_data_path, _tokenizer_path, _vocabulary, _special_tokens)
+_DATA_RULES: tuple[Rule, ...] = (
+    data_rules.source_paths,
+    data_rules.mixture,
+    data_rules.mixture_changes,
+    data_rules.megatron_tokenizer,
+    _tokenizer_path,
+    _vocabulary,
+    _special_tokens,
+)
 _MODEL_RULES: tuple[Rule, ...] = (_attention_heads, _query_groups, _rotary_width)
 _TRAIN_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
@@ -324,7 +314,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "import": (_import_path,),
     "checkpoint": (),
 }
-_FILES: tuple[Rule, ...] = (_data_found, _tokenizer_found)
+_FILES: tuple[Rule, ...] = (data_rules.data_found, _tokenizer_found)
 ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "train": (*_FILES, _checkpoint_found, _run_directory, _wandb_installed),
     "check": (_tokenizer_found,),  # the one file that it reads, for the size of the vocabulary

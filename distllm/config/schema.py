@@ -11,14 +11,20 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+from distllm.config.data_schema import (
+    STRICT,
+    Data,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Preparation,
+    Sequences,
+)
+
 # For `dataclasses.replace`, which knows fields by name; what users write is read by alias only (validate.py).
 BY_NAME_TOO = ConfigDict(**STRICT, validate_by_alias=True, validate_by_name=True)
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -84,24 +90,6 @@ class Tokenizer:
     path: str | None
     special_tokens: list[str]
     end_of_document: str
-
-
-@dataclass(frozen=True, config=STRICT)
-class Data:
-    """Documents to train on.
-
-    source: format of the documents; `stdlib` is the Python standard library of the running interpreter.
-    path: glob of files (`**` crosses folders); None for `stdlib`.
-    text_field: key of the text in a JSON line, or column of a Parquet file.
-    validation_fraction: share of the documents held out, chosen by a hash of their text.
-    cache: folder of prepared corpora and trained tokenizers, keyed by content; shared between runs.
-    """
-
-    source: Literal["text", "jsonl", "parquet", "stdlib"]
-    path: str | None
-    text_field: str
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
-    cache: str
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -333,6 +321,8 @@ class Config:
     model: Model
     tokenizer: Tokenizer
     data: Data
+    preparation: Preparation
+    sequences: Sequences
     parallel: Parallel
     recompute: Recompute
     zero: Zero

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from distllm.config import rules
+from distllm.config.data_schema import Source
 from distllm.config.problems import Problem, UserError
 from distllm.config.schema import Config
 
@@ -93,7 +94,9 @@ def _typed(
         problems = unknown_settings(values)
         for detail in error.errors(include_url=False):
             setting = ".".join(str(part) for part in detail["loc"])
-            if detail["type"] != "unexpected_keyword_argument" and setting not in reported:
+            # `unknown_settings` has named those of the sections; deeper ones are named here.
+            is_named = detail["type"] == "unexpected_keyword_argument" and len(detail["loc"]) <= 2
+            if not is_named and setting not in reported:
                 problems.append(
                     _translated(setting, detail["type"], detail["msg"], detail["input"], examples)
                 )
@@ -102,6 +105,9 @@ def _typed(
 
 def _translated(setting: str, kind: str, message: str, value: object, examples: dict[str, Any]) -> Problem:
     section, _, name = setting.partition(".")
+    if kind == "unexpected_keyword_argument":
+        known = ", ".join(get_type_hints(Source))
+        return Problem(setting, value, "is not a setting of distllm", f"a source has: {known}")
     if kind == "missing":
         fix = f"add {setting}=VALUE" if name else f"choose one of its configurations: {setting}=NAME"
         return Problem(setting, "???", f"{setting} is required", fix)
@@ -144,8 +150,14 @@ def _what_is_known(values: dict[str, Any], problems: list[Problem]) -> Config:
         if section in problematic or not isinstance(content, dict):
             continue
         bad = {setting.split(".")[1] for setting in problematic if setting.startswith(f"{section}.")}
-        sections[FIELDS[section]] = rules.Known(**{str(k): v for k, v in content.items() if k not in bad})
+        # What the schema makes a dataclass of (a mixture's sources) is still a dict here.
+        sound = {str(k): v for k, v in content.items() if k not in bad and not _holds_dicts(v)}
+        sections[FIELDS[section]] = rules.Known(**sound)
     return cast(Config, rules.Known(**sections))
+
+
+def _holds_dicts(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
 
 
 assert all(dataclasses.is_dataclass(section) for section in SECTIONS.values()), "a section is a dataclass"

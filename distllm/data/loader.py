@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from distllm.config.problems import user_error
-from distllm.data.indexed import TokenStream
 from distllm.data.order import sequence_numbers
-from distllm.data.splits import Split
+from distllm.data.prepared import Split
+from distllm.data.token_stream import TokenStream
 
 
 class Batches:

@@ -13,6 +13,7 @@ import xxhash
 from distllm.config import schema
 from distllm.config.problems import user_error
 from distllm.data.indexed import TokenWriter
+from distllm.data.prepared import Split
 from distllm.data.sources import read_documents
 from distllm.data.tokenizer import CHARACTERS_PER_BATCH, TextTokenizer, batched
 
@@ -20,20 +21,6 @@ PROGRESS_SECONDS = 5.0
 
 # Of the hash that holds documents out. With another one, old models have been trained on new validation text.
 HASH_SEED = 0x5EED_DA7A
-
-
-@dataclass(frozen=True)
-class Split:
-    """prefix: of the token files. num_tokens: with one end of document each. num_bytes: UTF-8 of the text.
-
-    max_token: the largest token id.
-    """
-
-    prefix: Path
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    max_token: int
 
 
 def is_held_out(content: bytes, validation_fraction: float) -> bool:
@@ -51,6 +38,7 @@ class Splits:
 
 
 def write_splits(
+    source: schema.Source,
     data: schema.Data,
     files: list[Path],
     tokenizer: TextTokenizer,
@@ -65,7 +53,7 @@ def write_splits(
     validation = SplitWriter(folder / "validation", tokenizer) if data.validation_fraction else None
     num_empty = 0
     start = reported = time.monotonic()
-    documents = read_documents(data, files)
+    documents = read_documents(source, files)
     for batch in batched(documents, lambda document: len(document.text) + 1, CHARACTERS_PER_BATCH):
         texts = [document.text for document in batch if document.text]
         num_empty += len(batch) - len(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distllm.config.schema import Config
-from distllm.data.prepare import PreparedData
+from distllm.data.prepared import PreparedData
 from distllm.data.tokenizer import TextTokenizer
 from distllm.layout.grid import Grid
 from distllm.metrics.goodput import account, describe

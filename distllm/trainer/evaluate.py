@@ -10,7 +10,7 @@ import torch
 
 from distllm.config.schema import Config
 from distllm.data.loader import Batches
-from distllm.data.prepare import PreparedData
+from distllm.data.prepared import PreparedData
 from distllm.data.tokenizer import TextTokenizer
 from distllm.engine.engine import Engine
 from distllm.engine.pipeline import Microbatch

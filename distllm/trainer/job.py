@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from distllm.config.schema import Config
 from distllm.data.loader import Batches
-from distllm.data.prepare import PreparedData
+from distllm.data.prepared import PreparedData
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups

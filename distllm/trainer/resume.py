@@ -15,7 +15,7 @@ from distllm.config.compare import Changes, changed_settings, settings
 from distllm.config.compose import to_plain
 from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
-from distllm.data.prepare import PreparedData
+from distllm.data.prepared import PreparedData
 from distllm.engine.engine import Engine
 from distllm.metrics.run_directory import RunDirectory
 from distllm.runtime.dist import on_main_rank

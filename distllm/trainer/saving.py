@@ -14,7 +14,7 @@ from distllm.checkpoint.saver import Outcome, Saver
 from distllm.checkpoint.store import Contents
 from distllm.config.compose import to_plain
 from distllm.config.schema import Config
-from distllm.data.prepare import PreparedData
+from distllm.data.prepared import PreparedData
 from distllm.engine.engine import Engine
 from distllm.layout.grid import Grid
 from distllm.layout.save_groups import create_save_groups

@@ -9,7 +9,7 @@ from distllm.trainer.reporter import report_progress
 
 
 def run(config: Config) -> int:
-    folder = prepare_tokenizer(config.data, config.tokenizer, report_progress)
+    folder = prepare_tokenizer(config.data, config.preparation, config.tokenizer, report_progress)
     tokenizer = TextTokenizer.load(folder, config.tokenizer.end_of_document)
     print(f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
     return 0

@@ -10,7 +10,8 @@ import torch
 
 from distllm.config.compose import config_hash, to_yaml
 from distllm.config.schema import Config
-from distllm.data.prepare import PreparedData, prepare
+from distllm.data.prepare import prepare
+from distllm.data.prepared import PreparedData
 from distllm.layout.grid import Grid
 from distllm.layout.groups import create_groups, destroy_groups
 from distllm.metrics.run_directory import RunDirectory
@@ -36,7 +37,8 @@ def run(config: Config) -> int:
     for injection in config.fault.inject:
         parse(injection)  # refused before anything is done
     # Before the world exists: a long preparation is no hang. The ranks of a node take turns by a file lock.
-    prepared = prepare(config.data, config.tokenizer, report_progress if dist.is_main() else lambda _: None)
+    report = report_progress if dist.is_main() else lambda _: None
+    prepared = prepare(config.data, config.preparation, config.tokenizer, report)
     refuse_short_data(config, prepared)
     # Twice the watchdog's deadline: it speaks first and says more than a collective's timeout.
     runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
@@ -143,7 +145,7 @@ def _open_run(
         return
     reporter.run.write_config(to_yaml(config))
     reporter.run.write_environment(
-        {"world_size": runtime.world_size, "device": str(runtime.device), "data": prepared.fingerprint}
+        {"world_size": runtime.world_size, "device": str(runtime.device), "data": prepared.fingerprints}
     )
     for damage in start.damaged:
         reporter.event("damaged checkpoint", damage)

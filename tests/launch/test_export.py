@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from distllm.config import compose
-from distllm.data.indexed import TokenStream
 from distllm.data.order import sequence_numbers
+from distllm.data.token_stream import TokenStream
 from distllm.verbs.export import copy_tokenizer
 from distllm.verbs.import_ import _quoted, overrides
 

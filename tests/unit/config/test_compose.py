@@ -29,6 +29,10 @@ def needed_by(option: str, folder: Path) -> list[str]:
     group, name = option.split("=")
     text = (CONF / group / f"{name}.yaml").read_text()
     (folder / "document.txt").write_text("text")
+    if option == "data=mixture":
+        return ["data.sources.a.source=text", f"data.sources.a.path={folder}/*.txt"]
+    if option == "data=megatron":
+        return ["tokenizer=bytes", f"data.path={folder}/*.txt"]
     return [f"{group}.path={folder}/*.txt" if group == "data" else f"{group}.path={folder}"] * ("???" in text)
 
 

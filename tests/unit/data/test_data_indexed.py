@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from distllm.config.problems import UserError
-from distllm.data.indexed import TokenStream, TokenWriter, check_vocabulary
+from distllm.data.indexed import TokenWriter
+from distllm.data.token_stream import TokenStream, check_vocabulary
 
 DOCUMENTS = [[5, 6, 7, 2], [2], list(range(100, 1, -1)), [299, 2]]
 

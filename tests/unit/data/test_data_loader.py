@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from distllm.config.problems import UserError
 from distllm.data.indexed import TokenWriter
 from distllm.data.loader import Batches, microbatch_samples
-from distllm.data.splits import Split
+from distllm.data.prepared import Split
 
 SEQ_LENGTH = 8
 NUM_TOKENS = 103  # 12 sequences, the last label taken from the 97th token, 6 tokens over

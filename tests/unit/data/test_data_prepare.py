@@ -12,9 +12,9 @@ import pytest
 
 from distllm.config import schema
 from distllm.config.problems import UserError
-from distllm.data.indexed import TokenStream
 from distllm.data.prepare import PreparedData, prepare, prepare_tokenizer
 from distllm.data.splits import is_held_out
+from distllm.data.token_stream import TokenStream
 from distllm.data.tokenizer import TextTokenizer
 
 END = "<|endoftext|>"

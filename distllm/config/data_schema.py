@@ -1,0 +1,135 @@
+"""The settings of the data path, typed: sources, mixtures, preparation, sequences. See `schema.py`."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+SourceKind = Literal["text", "jsonl", "parquet", "arrow", "megatron", "huggingface", "stdlib"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Source:
+    """One corpus of a mixture; a job without a mixture has one.
+
+    source: format of the documents; `megatron` is a pair of token files (.bin and .idx) of another tool, used
+        as it is; `huggingface` a data set of the `datasets` library; `stdlib` is the Python standard library
+        of the running interpreter.
+    path: glob of files (`**` crosses folders); for `megatron` the .bin; for `huggingface` the name of a data
+        set or a local folder; None for `stdlib`.
+    text_field: key of the text in a JSON line, or column of Parquet, Arrow and Hugging Face rows.
+    subset, split: of a Hugging Face data set; subset None is its only or default one.
+    weight: share of the samples, in proportion to the other sources'; 0 leaves it out until a change.
+    max_epochs: how often its documents may be seen at most; None means without limit.
+    shuffle: whether every epoch has an order of its own; else all go in the order of the documents.
+    """
+
+    source: SourceKind
+    path: str | None = None
+    text_field: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    weight: NonNegativeFloat = 1.0
+    max_epochs: PositiveInt | None = None
+    shuffle: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class MixtureChange:
+    """After `step` updates the sources are drawn with `weights`, which names all of them."""
+
+    step: PositiveInt
+    weights: dict[str, NonNegativeFloat]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Documents to train on: those of one source, or of the named `sources` of a mixture.
+
+    source, path, text_field, subset, split, max_epochs, shuffle: as in `Source`; where `source` is `mixture`
+        they stand under `sources.NAME`.
+    sources: of a mixture, by name; the names are in metrics and ledger, and the order of a source hangs on
+        its name.
+    changes: of the weights, at given steps.
+    validation_fraction: share of the documents held out, of each source, chosen by a hash of their text (of
+        `megatron`, the last documents).
+    cache: folder of prepared corpora and trained tokenizers, keyed by content; shared between runs.
+    """
+
+    source: SourceKind | Literal["mixture"]
+    path: str | None
+    text_field: str
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    cache: str
+    subset: str | None = None
+    split: str = "train"
+    max_epochs: PositiveInt | None = None
+    shuffle: bool = True
+    sources: dict[str, Source] = field(default_factory=dict)
+    changes: list[MixtureChange] = field(default_factory=list)
+
+    @property
+    def named_sources(self) -> dict[str, Source]:
+        """Every job is a mixture: without one, of a single source that is called by its kind."""
+        if self.source == "mixture":
+            return self.sources
+        return {
+            self.source: Source(
+                source=self.source,
+                path=self.path,
+                text_field=self.text_field,
+                subset=self.subset,
+                split=self.split,
+                max_epochs=self.max_epochs,
+                shuffle=self.shuffle,
+            )
+        }
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Weights of the sources in the update that follows `step` updates; in no particular unit."""
+        weights = {name: source.weight for name, source in self.named_sources.items()}
+        for change in sorted(self.changes, key=lambda change: change.step):
+            if change.step <= step:
+                weights = dict(change.weights)
+        return weights
+
+
+@dataclass(frozen=True, config=STRICT)
+class Preparation:
+    """From documents to token files; none of it but bad_input and max_document_bytes changes what comes out.
+
+    workers: processes that tokenize; None means one per processor core.
+    bad_input: what becomes of a row or file that cannot be used (broken JSON, a missing field, invalid UTF-8,
+        an empty or too long document): `quarantine` counts it, writes file and row into quarantine.jsonl and
+        goes on; `stop` ends the job with the first.
+    max_document_bytes: a longer document is bad input; None means without limit, in memory too.
+    """
+
+    workers: PositiveInt | None
+    bad_input: Literal["quarantine", "stop"]
+    max_document_bytes: PositiveInt | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sequences:
+    """From token files to training sequences of model.seq_length tokens.
+
+    packing: `chunk` cuts the stream of documents every model.seq_length tokens, across documents; `best_fit`
+        puts whole documents together so that little is padded, and cuts only documents longer than a sequence
+        (arXiv:2404.10830).
+    document_mask: attention and positions restart at every document.
+    prefetch: steps whose sequences are read ahead while the device computes; 0 means none.
+    """
+
+    packing: Literal["chunk", "best_fit"]
+    document_mask: bool
+    prefetch: NonNegativeInt
