@@ -62,8 +62,8 @@ def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], 
     """Forward and backward over all microbatches; gradients are those of the mean loss over them.
 
     With weights it is sum(weight * loss) / sum(weight) over the global batch, whose mean over the
-    data-parallel ranks is taken elsewhere; where all weights are 0, loss and gradients are 0. Either all
-    microbatches of all ranks have weights or none.
+    data-parallel ranks is taken elsewhere. Where all weights are 0, loss and gradients are 0 (and the update
+    is by decay and momentum only). Either all microbatches of all ranks have weights or none.
 
     Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss in nats
     over this data-parallel rank's microbatches (with weights: its part, such that the mean over the ranks is
