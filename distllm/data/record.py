@@ -1,4 +1,4 @@
-"""What checkpoints and the ledger keep of a source: enough to find it again, and to say how it has changed."""
+"""What checkpoints and the ledger keep of a source: enough to find it again, and to say how it changed."""
 
 from __future__ import annotations
 

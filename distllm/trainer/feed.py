@@ -51,9 +51,7 @@ def open_data(config: Config, prepared: PreparedData, report: Callable[[str], No
         if source.validation is not None and config.train.validation_interval > 0:
             validation[name] = open_split(source, source.validation)
     records = {
-        name: to_record(
-            prepared.sources[name], source.order.shuffle, source.sequences.num_sequences
-        )
+        name: to_record(prepared.sources[name], source.order.shuffle, source.sequences.num_sequences)
         for name, source in training.items()
     }
     return OpenedData(TrainingData(training), validation, records)
