@@ -165,8 +165,8 @@ def test_packed_documents_are_trained_as_if_alone(shape: tuple[str, ...]) -> Non
 
 @dataclass(frozen=True)
 class Outcome:
-    """trace: of training. sums: [sum of losses, sum of weights] of a validation. logits: [2, SEQ - 1, vocab] of
-    packed documents."""
+    """trace: of training. sums: [sum of losses, sum of weights] of a validation.
+    logits: [2, SEQ - 1, vocab] of packed documents."""
 
     trace: jobs.Trace
     sums: Tensor

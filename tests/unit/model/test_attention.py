@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distllm.model import attention
 from distllm.model.attention import CausalAttention
 
 SEQ, BATCH, HEADS, HEAD_DIM = 24, 2, 4, 8
@@ -78,3 +80,17 @@ def test_nothing_of_the_size_of_a_mask_is_made() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         CausalAttention(None, 1, None, "self")(query, query, query, starts)
     assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
+
+
+def test_the_varlen_kernel_is_called_without_reading_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without data, which raise if read; torch checks the arguments. tests/gpu has the numbers."""
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
+    with FakeTensorMode():
+        query, key, value = random_heads(2)
+        starts = torch.empty(len(STARTS), dtype=torch.int32)
+        output = CausalAttention(None, 1, None, "self")(query, key, value, starts)
+        assert output.shape == (SEQ, BATCH, HEADS * HEAD_DIM)
+        output.sum().backward()
+    for x in (query, key, value):
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
