@@ -7,12 +7,12 @@ import os
 import sysconfig
 from pathlib import Path
 
-from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data.sources.documents import InputFile
 
 
-def list_files(source: schema.Source) -> list[InputFile]:
+def list_files(source: Source) -> list[InputFile]:
     """The files that hold the documents, sorted by path; of `megatron`, the one .bin.
 
     User errors: no file matches, or only empty ones; a data set, subset or split that is not there.

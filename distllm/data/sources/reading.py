@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.data.sources import jsonl, text
 from distllm.data.sources.documents import Document, InputFile, Rejected, Rows, Unit, UnitEnd
 
 
 def read_unit(
-    source: schema.Source, files: list[InputFile], unit: Unit, max_document_bytes: int | None
+    source: Source, files: list[InputFile], unit: Unit, max_document_bytes: int | None
 ) -> Iterator[Document | Rejected | UnitEnd]:
     """All documents and rejected rows of `unit`, in order, then one `UnitEnd`.
 
@@ -24,7 +24,7 @@ def read_unit(
 
 
 def _read_file(
-    source: schema.Source, input_file: InputFile, file: int, unit: Unit, max_document_bytes: int | None
+    source: Source, input_file: InputFile, file: int, unit: Unit, max_document_bytes: int | None
 ) -> Rows:
     match source.source:
         case "text":

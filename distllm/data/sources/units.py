@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.data.sources import jsonl
 from distllm.data.sources.documents import InputFile, Unit
 
 
-def plan_units(source: schema.Source, files: list[InputFile], unit_bytes: int) -> list[Unit]:
+def plan_units(source: Source, files: list[InputFile], unit_bytes: int) -> list[Unit]:
     """Units of about `unit_bytes` each; the documents of all of them, in order, are the corpus in order.
 
     A function of the files alone. Small files share a unit; a larger one is cut into ranges, where its format
@@ -34,7 +34,7 @@ def plan_units(source: schema.Source, files: list[InputFile], unit_bytes: int) -
     return units
 
 
-def _ranges(source: schema.Source, file: InputFile, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
+def _ranges(source: Source, file: InputFile, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, num_bytes) of the units of one large file; none if it must be read whole."""
     if source.source == "jsonl" and not jsonl.is_packed(file.path):
         for start in range(0, file.num_bytes, unit_bytes):
