@@ -39,7 +39,8 @@ HELP = f"""distllm {__version__}: distributed LLM pretraining.
   distllm VERB [overrides]       or  python -m distllm VERB [overrides]
   torchrun --nproc-per-node N -m distllm VERB [overrides]
   distllm checkpoint list|show|verify|prune run.dir=DIR [overrides]
-  distllm data shard=I/N [overrides], I from 0 to N - 1 and on any machines, then  distllm data merge [overrides]
+  distllm data shard=I/N [overrides] for each I from 0 to N - 1, on any machines; then
+  distllm data merge [overrides]
 
 Verbs:
 {chr(10).join(f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items())}

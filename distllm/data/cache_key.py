@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.data.cache import digest
 from distllm.data.sources import InputFile
 
@@ -24,7 +25,7 @@ def cache_folder(data: schema.Data, kind: str, settings: dict[str, Any]) -> Path
 
 
 def document_settings(
-    source: schema.Source, data: schema.Data, preparation: schema.Preparation, files: list[InputFile]
+    source: Source, data: schema.Data, preparation: schema.Preparation, files: list[InputFile]
 ) -> dict[str, Any]:
     """What decides which documents there are and on which side each falls."""
     has_text_field = source.source in ("jsonl", "parquet", "arrow", "huggingface")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data import quarantine
 from distllm.data.cache import MANIFEST, digest
@@ -39,7 +40,7 @@ class Corpus:
     """
 
     name: str
-    source: schema.Source
+    source: Source
     data: schema.Data
     preparation: schema.Preparation
     tokenizer: TextTokenizer
@@ -120,9 +121,8 @@ class Corpus:
             self.make_pieces(work, range(len(work.units)), report)
             facts = self._join(work, folder, report)
         seconds = time.monotonic() - start
-        report(
-            f"{'looked through' if self.is_tokenized else 'tokenized'} {len(self.files):,} files in {seconds:.1f} s"
-        )
+        done = "looked through" if self.is_tokenized else "tokenized"
+        report(f"{done} {len(self.files):,} files in {seconds:.1f} s")
         splits = facts.pop("splits")
         return {
             "train": _plain(splits["train"]),

@@ -57,8 +57,8 @@ class TokenWriter:
         self.num_documents = 0
         self.sums = TokenSums()
         self._type = token_type(vocab_size)
-        self._tokens = Path(f"{prefix}.bin").open("wb")
-        self._index = Path(f"{prefix}.idx").open("w+b")
+        self._tokens = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115  # `finish` closes it
+        self._index = Path(f"{prefix}.idx").open("w+b")  # noqa: SIM115  # `finish` closes it
         self._index.write(bytes(HEADER.size))  # it names numbers that `finish` knows; the lengths follow it
 
     @property

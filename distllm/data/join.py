@@ -34,8 +34,10 @@ class Joined:
 
 
 def join(work: Work, folder: Path, vocab_size: int) -> Joined:
-    """Write all that `folder` holds but its manifest; every piece must be whole. Holds no more than a piece in
-    memory."""
+    """Write all that `folder` holds but its manifest, with no more than one piece in memory.
+
+    Every piece must be whole.
+    """
     writers = {name: SplitWriter(folder / name, vocab_size) for name in split_names(work.validation_fraction)}
     quarantine = Quarantine(folder)
     first_row = FirstRow()

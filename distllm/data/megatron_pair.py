@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.data.indexed import ITEMS_PER_SLICE, TokenSums
 from distllm.data.prepared import Split
 from distllm.data.progress import PROGRESS_SECONDS
@@ -20,7 +21,7 @@ from distllm.data.token_stream import TokenStream
 
 
 def describe_pair(
-    source: schema.Source,
+    source: Source,
     data: schema.Data,
     files: list[InputFile],
     vocab_size: int,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.data.cache import digest, to_disk
 from distllm.data.quarantine import BadInputError, Quarantine, entry_of
 from distllm.data.sources import Document, InputFile, Rejected, Unit, UnitEnd, read_unit
@@ -40,7 +40,7 @@ class Work:
     the processes that share this work; what others of the same label left unfinished is removed.
     """
 
-    source: schema.Source
+    source: Source
     files: list[InputFile]
     units: list[Unit]
     folder: Path

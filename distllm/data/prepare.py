@@ -1,10 +1,10 @@
 """From documents to token files: once, then from the cache, however many ranks ask.
 
-`data.cache` holds one folder per prepared source and one per tokenizer that was made for it, named by a key of
-all that decides the content (`cache_key.py`). The corpus is cut into units, each becomes a piece (`pieces.py`)
-that some process makes (`workers.py`), here or for a shard, and the pieces are joined (`join.py`). What comes
-out is hashed while it is written: the `fingerprint` is the same wherever the text, the tokenizer and the split
-are the same.
+`data.cache` holds one folder per prepared source and one per tokenizer that was made for it, named by a key
+of all that decides the content (`cache_key.py`). A source is cut into units, each becomes a piece
+(`pieces.py`) that some process makes (`workers.py`), here or for a shard, and the pieces are joined
+(`join.py`). What comes out is hashed while it is written: the `fingerprint` is the same wherever the text,
+the tokenizer and the split are the same.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from distllm.data.pieces import Advance
 PROGRESS_SECONDS = 5.0
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The process that started this worker wants no more of it."""
 
 
@@ -37,7 +37,7 @@ class Counters:
             self.num_bytes[index] = min(self.num_bytes[index] + num_bytes, most_bytes)
             self.num_tokens[index] += num_tokens
             if self.stop.value:
-                raise Stopped
+                raise StoppedError
 
         return advance
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.config.problems import UserError, user_error
 from distllm.data.sources import Rejected
 
@@ -49,7 +49,7 @@ def entry_of(rejected: Rejected) -> dict[str, Any]:
     return asdict(rejected)
 
 
-def absolute(entry: dict[str, Any], path: str, first_row: int, source: schema.Source) -> dict[str, Any]:
+def absolute(entry: dict[str, Any], path: str, first_row: int, source: Source) -> dict[str, Any]:
     """As it stands in the end: the file by its path, the row as the file counts it, and its line."""
     row = None if entry["row"] is None else entry["row"] + first_row
     line = {"line": None if row is None else row + 1} if source.source == JSON_LINES else {}

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data.indexed import TokenWriter
 from distllm.data.prepared import Split
@@ -36,7 +37,7 @@ class SplitWriter:
         self.prefix = prefix
         self.num_bytes = 0
         self.tokens = TokenWriter(prefix, vocab_size)
-        self._origins = Path(f"{prefix}.origins").open("wb")
+        self._origins = Path(f"{prefix}.origins").open("wb")  # noqa: SIM115  # `finish` closes it
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray, num_bytes: int) -> None:
         """Append documents: the tokens of all of them, ends included; of each its length and its origin.
@@ -65,9 +66,7 @@ def fingerprint(digests: Sequence[str], vocab_size: int) -> str:
     return xxhash.xxh3_128_hexdigest(f"{list(digests)} {vocab_size}".encode())
 
 
-def check_counts(
-    data: schema.Data, source: schema.Source, num_train: int, num_validation: int | None
-) -> None:
+def check_counts(data: schema.Data, source: Source, num_train: int, num_validation: int | None) -> None:
     """User error: no document in a split that must have one."""
     if num_train + (num_validation or 0) == 0:
         rule, fix = "a document must have text that can be used; none has", "name other files"

@@ -1,4 +1,4 @@
-"""Whether token files are still those that were prepared: by size and samples, cheap enough for every start."""
+"""Whether token files are still what they were: by size and samples, cheap enough for every start."""
 
 from __future__ import annotations
 

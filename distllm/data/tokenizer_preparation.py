@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm.config import schema
+from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data.cache import build_once
 from distllm.data.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
@@ -58,7 +59,7 @@ def prepare_tokenizer(
 
 
 def _training_texts(
-    data: schema.Data, preparation: schema.Preparation, corpora: list[tuple[schema.Source, list[InputFile]]]
+    data: schema.Data, preparation: schema.Preparation, corpora: list[tuple[Source, list[InputFile]]]
 ) -> Iterator[str]:
     for source, files in corpora:
         for unit in plan_units(source, files, unit_bytes_of(files)):

@@ -1,7 +1,7 @@
-"""`distllm data [merge] [shard=I/N]`: turn the documents of a job into token files, or take them from the cache.
+"""`distllm data [merge] [shard=I/N]`: turn documents into token files, or take them from the cache.
 
-Killed, it goes on where it stopped. With `shard=I/N` it does a share of the work, on any machine; `merge` puts
-the shares together.
+Killed, it goes on where it stopped. With `shard=I/N` it does a share of the work, on any machine; `merge`
+puts the shares together.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def _show(prepared: PreparedData) -> None:
             if split is None:
                 print(f"{name:<12}{part:<12}none")
                 continue
-            num_bytes = "" if split.num_bytes is None else f", {split.num_bytes:,} bytes"
-            print(
-                f"{name:<12}{part:<12}{split.num_documents:,} documents, {split.num_tokens:,} tokens{num_bytes}: "
-                f"{split.prefix}.bin"
-            )
+            counts = f"{split.num_documents:,} documents, {split.num_tokens:,} tokens"
+            if split.num_bytes is not None:
+                counts += f", {split.num_bytes:,} bytes"
+            print(f"{name:<12}{part:<12}{counts}: {split.prefix}.bin")
         if source.num_quarantined:
             print(f"{name:<12}{'put aside':<12}{source.num_quarantined:,} rows: {source.folder / FILE}")
     print(f"{'tokenizer':<12}{prepared.vocab_size:,} tokens: {prepared.tokenizer_folder}")
