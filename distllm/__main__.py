@@ -21,7 +21,7 @@ VERBS = {
     "train": ("distllm.verbs.train", "pretrain a model; the same command again resumes"),
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
-    "data": ("distllm.verbs.data", "turn the documents of a job into token files"),
+    "data": ("distllm.verbs.data", "turn the documents of a job into token files; again resumes"),
     "report": ("distllm.verbs.report", "say what became of a run's time"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
     "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
@@ -30,6 +30,8 @@ VERBS = {
 }
 # Their `run` takes the request: it says more than its config, or has an answer where the config is refused.
 RUN_ON_REQUEST = ("check", "checkpoint")
+# Their `run` takes the config and the request, whose action and arguments it needs.
+RUN_WITH_REQUEST = ("data",)
 EXIT_INTERRUPTED = 130
 
 HELP = f"""distllm {__version__}: distributed LLM pretraining.
@@ -37,6 +39,8 @@ HELP = f"""distllm {__version__}: distributed LLM pretraining.
   distllm VERB [overrides]       or  python -m distllm VERB [overrides]
   torchrun --nproc-per-node N -m distllm VERB [overrides]
   distllm checkpoint list|show|verify|prune run.dir=DIR [overrides]
+  distllm data shard=I/N [overrides] for each I from 0 to N - 1, on any machines; then
+  distllm data merge [overrides]
 
 Verbs:
 {chr(10).join(f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items())}
@@ -93,7 +97,8 @@ def _run(arguments: list[str]) -> int:
 
         config = replanned(error, request.world_size, verb)
     quiet.silence()  # before the verb's module imports torch and what builds on it
-    return int(importlib.import_module(module).run(config))
+    run = importlib.import_module(module).run
+    return int(run(config, request) if verb in RUN_WITH_REQUEST else run(config))
 
 
 def _without_local_rank(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,9 +37,13 @@ from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
-WORLD_SIZE = "world_size="
-# What a verb can do, where it can do several things: its first argument says which.
-ACTIONS = {"checkpoint": ("list", "show", "verify", "prune")}
+# What a verb can do, where it can do several things: its first argument says which. None: without one.
+ACTIONS: dict[str, tuple[str | None, ...]] = {
+    "checkpoint": ("list", "show", "verify", "prune"),
+    "data": (None, "merge"),
+}
+# What is asked of one call of a verb and is no setting of the job: written NAME=VALUE like an override.
+BARE_ARGUMENTS: dict[str, tuple[str, ...]] = {"check": ("world_size",), "data": ("shard",)}
 GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 
 
@@ -48,7 +52,8 @@ class Request:
     """One command line after its verb, as Hydra's own parser reads it.
 
     world_size: ranks of the job; for `check` those of the job that is asked about. action: one of the
-    verb's ACTIONS; None for a verb that has none, and where the command only shows.
+    verb's ACTIONS; None for a verb that has none, and where the command only shows. arguments: those of the
+    verb's BARE_ARGUMENTS that were given, as they were written.
     """
 
     verb: str
@@ -56,6 +61,7 @@ class Request:
     flags: Namespace
     world_size: int
     action: str | None = None
+    arguments: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_sweep(self) -> bool:
@@ -69,6 +75,11 @@ class Request:
     @property
     def config_name(self) -> str:
         return str(self.flags.config_name)
+
+    @property
+    def words(self) -> list[str]:
+        """Action and bare arguments, for another process."""
+        return [*filter(None, [self.action]), *(f"{name}={value}" for name, value in self.arguments.items())]
 
     @property
     def config_flags(self) -> list[str]:
@@ -94,17 +105,18 @@ def parse(verb: str, arguments: Sequence[str]) -> Request:
         refuse("--resolve goes with --cfg or --help")
     is_named = verb in ACTIONS and flags.overrides and "=" not in flags.overrides[0]
     action = flags.overrides.pop(0) if is_named else None  # Hydra itself must not see it
-    overrides, world_size = list(flags.overrides), os.environ.get("WORLD_SIZE", "1")
-    if verb == "check":
-        for text in [text for text in overrides if text.startswith(WORLD_SIZE)]:
-            overrides.remove(text)
-            world_size = text.removeprefix(WORLD_SIZE)
+    pairs = [(text, *text.partition("=")[::2]) for text in flags.overrides]
+    bare = BARE_ARGUMENTS.get(verb, ())
+    overrides = [text for text, name, _ in pairs if name not in bare]
+    named = {name: value for _, name, value in pairs if name in bare}
+    world_size = named.get("world_size", os.environ.get("WORLD_SIZE", "1"))
     if not world_size.isdecimal() or int(world_size) < 1:
         raise user_error("world_size", world_size, "must be a number of ranks, at least 1", "world_size=8")
-    request = Request(verb, tuple(overrides), flags, int(world_size), action)
+    request = Request(verb, tuple(overrides), flags, int(world_size), action, named)
     if (action or not request.only_shows) and action not in ACTIONS.get(verb, (None,)):
-        (nearest, *_) = [*difflib.get_close_matches(action or "", ACTIONS[verb], n=1), ACTIONS[verb][0]]
-        rule = f"must be one of {', '.join(ACTIONS[verb])}, right after the verb"
+        possible = [name for name in ACTIONS[verb] if name]
+        (nearest, *_) = [*difflib.get_close_matches(action or "", possible, n=1), possible[0]]
+        rule = f"must be one of {', '.join(possible)}, right after the verb"
         raise user_error("action", action or "none", rule, f"distllm {verb} {nearest} run.dir=FOLDER")
     return request
 

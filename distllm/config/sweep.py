@@ -38,7 +38,15 @@ def run(request: compose.Request) -> int:
     for number, (overrides, folder) in enumerate(zip(_overrides(jobs), _folders(jobs), strict=True)):
         job_directory = os.path.join(directory, folder)
         print(f"job {number + 1} of {len(jobs)}: {jobs[number][1]} -> {job_directory}", flush=True)
-        command = [sys.executable, "-m", "distllm", request.verb, *request.config_flags, *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "distllm",
+            request.verb,
+            *request.words,
+            *request.config_flags,
+            *overrides,
+        ]
         codes.append(_run_process([*command, compose.assignment("run.dir", job_directory)]))
         if codes[-1]:
             print(f"job {number + 1} of {len(jobs)}: exit code {codes[-1]}", file=sys.stderr, flush=True)

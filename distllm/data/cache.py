@@ -29,8 +29,8 @@ def build_once(
     """
     manifest = folder / MANIFEST
     if not manifest.exists():
-        _create_cache(folder.parent)
-        with _lock(folder.with_name(f"{folder.name}.lock"), report):
+        create_cache(folder.parent)
+        with lock(folder.with_name(f"{folder.name}.lock"), report):
             if not manifest.exists():
                 _build(folder, build)
     return json.loads(manifest.read_text())
@@ -46,14 +46,14 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         content = build(unfinished)
         (unfinished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
         for file in unfinished.iterdir():
-            _to_disk(file)
+            to_disk(file)
         try:
             unfinished.rename(folder)
         except OSError:
             # Another machine without our lock was faster; its result is the same.
             if not (folder / MANIFEST).exists():
                 raise
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -63,7 +63,7 @@ def digest(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def _create_cache(cache: Path) -> None:
+def create_cache(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +74,7 @@ def _create_cache(cache: Path) -> None:
 
 
 @contextmanager
-def _lock(file: Path, report: Callable[[str], None]) -> Iterator[None]:
+def lock(file: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Held by one process at a time; the kernel frees it when that process ends, however it ends.
 
     The file stays: if it were removed, two processes could hold locks on two files of this name.
@@ -91,7 +91,7 @@ def _lock(file: Path, report: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,16 @@
 """Token files in Megatron's indexed format: `PREFIX.bin` holds the tokens, `PREFIX.idx` the documents.
 
-The format and its writer; `token_stream.py` reads it.
+The index: a header, the length of each sequence (int32), the byte where it begins (int64), and the first
+sequence of each document (int64; one more than there are documents). Each of our documents is one sequence.
+
+Written without Megatron Core, byte for byte as its builder does: its import takes seconds, and it holds all
+lengths in memory. `token_stream.py` reads the files.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,37 +18,95 @@ import xxhash
 
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, documents + 1
 MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+SMALLEST_WIDE_VOCABULARY = 65_500  # Megatron's own limit
+ITEMS_PER_SLICE = 1 << 20
 
 
-class TokenWriter:
-    """Writes documents one after the other; nothing is readable before `finish`.
+def token_type(vocab_size: int) -> np.dtype:
+    """The type that Megatron, too, stores the tokens of such a vocabulary in."""
+    return np.dtype("<u2" if vocab_size < SMALLEST_WIDE_VOCABULARY else "<i4")
 
-    digest: of all tokens, independent of the width they are stored in.
-    """
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+class TokenSums:
+    """What is known of tokens that passed by. digest: of all of them, whatever width they are stored in."""
 
-        self.prefix = prefix
-        self.vocab_size = vocab_size
-        self.num_documents = 0
+    def __init__(self) -> None:
         self.num_tokens = 0
         self.max_token = -1
         self.digest = xxhash.xxh3_128()
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+
+    def add(self, tokens: np.ndarray) -> None:
+        for start in range(0, len(tokens), ITEMS_PER_SLICE):
+            part = tokens[start : start + ITEMS_PER_SLICE]
+            self.max_token = max(self.max_token, int(part.max()))
+            self.digest.update(np.ascontiguousarray(part, dtype="<i4").data)
+        self.num_tokens += len(tokens)
+
+
+class TokenWriter:
+    """Writes documents one after the other, in memory that does not grow with their number.
+
+    Nothing is readable before `finish`.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        self.prefix = prefix
+        self.vocab_size = vocab_size
+        self.num_documents = 0
+        self.sums = TokenSums()
+        self._type = token_type(vocab_size)
+        self._tokens = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115  # `finish` closes it
+        self._index = Path(f"{prefix}.idx").open("w+b")  # noqa: SIM115  # `finish` closes it
+        self._index.write(bytes(HEADER.size))  # it names numbers that `finish` knows; the lengths follow it
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sums.num_tokens
+
+    @property
+    def max_token(self) -> int:
+        return self.sums.max_token
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document, int [num_tokens], its end-of-document token included."""
-        assert len(tokens) > 0, "a document has its end-of-document token at least"
-        tokens = tokens.astype("<i4", copy=False)
-        self.num_documents += 1
-        self.num_tokens += len(tokens)
-        self.max_token = max(self.max_token, int(tokens.max()))
+        self.append(tokens, np.array([len(tokens)]))
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: the tokens of all of them, and the length of each, int [num_documents]."""
+        assert lengths.min(initial=1) > 0, "a document has its end-of-document token at least"
+        assert lengths.sum() == len(tokens), "the tokens are those of the documents"
+        self.sums.add(tokens)
         # A wider token would be cut to the width of the file without a word.
         assert self.max_token < self.vocab_size, f"token {self.max_token} of {self.vocab_size}"
-        self.digest.update(tokens.tobytes())
-        self._builder.add_document(tokens, [len(tokens)])
+        self._tokens.write(np.ascontiguousarray(tokens, dtype=self._type).data)
+        self._index.write(lengths.astype("<i4").data)
+        self.num_documents += len(lengths)
 
     def finish(self) -> None:
-        self._builder.finalize(f"{self.prefix}.idx")
+        self._tokens.close()
+        with self._index as index:
+            for offset, lengths in self._slices_of_lengths():
+                num_bytes = lengths.astype("<i8") * self._type.itemsize
+                ends = offset + np.cumsum(num_bytes)
+                index.write((ends - num_bytes).data)
+            for start in range(0, self.num_documents + 1, ITEMS_PER_SLICE):
+                stop = min(start + ITEMS_PER_SLICE, self.num_documents + 1)
+                index.write(np.arange(start, stop, dtype="<i8").data)
+            index.seek(0)
+            (code,) = (code for code, known in TOKEN_TYPES.items() if self._type == known)
+            index.write(HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1))
+
+    def _slices_of_lengths(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The lengths that were written, read again in parts, each with the byte where its first document
+        begins; leaves the index at its end, whatever is written meanwhile."""
+        offset = 0
+        for start in range(0, self.num_documents, ITEMS_PER_SLICE):
+            self._index.seek(HEADER.size + 4 * start)
+            lengths = np.frombuffer(
+                self._index.read(4 * min(ITEMS_PER_SLICE, self.num_documents - start)), "<i4"
+            )
+            self._index.seek(0, 2)
+            yield offset, lengths
+            offset += int(lengths.sum(dtype=np.int64)) * self._type.itemsize

@@ -25,11 +25,22 @@ def is_plain_torchrun() -> bool:
 def die_with_launcher() -> None:
     """Let the kernel kill this rank when its agent dies: else it lives on as an orphan, holds its port, its
     GPU and the run directory, and waits for peers that are gone."""
-    if not is_under_agent() or sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)  # the agent died before the call
+    if is_under_agent():
+        _die_with_parent()
+        if os.getppid() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)  # the agent died before the call
+
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when `parent`, the process that started it, ends, however it ends."""
+    _die_with_parent()
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def seconds_since_start() -> float:

@@ -1,0 +1,48 @@
+"""Where in the cache a corpus or a tokenizer lies: by a key of all that decides its content.
+
+Inputs enter the key by path, size and time of change: to hash terabytes at each start would take hours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distllm.config import schema
+from distllm.config.data_schema import Source
+from distllm.data.cache import digest
+from distllm.data.sources import InputFile
+
+FORMAT_VERSION = 2  # raise it when the same settings and inputs come to give other files
+
+
+def cache_folder(data: schema.Data, kind: str, settings: dict[str, Any]) -> Path:
+    key = digest(json.dumps(settings, sort_keys=True).encode())
+    return Path(data.cache).expanduser().absolute() / f"{kind}-{key}"
+
+
+def document_settings(
+    source: Source, data: schema.Data, preparation: schema.Preparation, files: list[InputFile]
+) -> dict[str, Any]:
+    """What decides which documents there are and on which side each falls."""
+    has_text_field = source.source in ("jsonl", "parquet", "arrow", "huggingface")
+    described = [[file.path, file.num_bytes, file.modified_ns] for file in files]
+    return {
+        "source": source.source,
+        "text_field": source.text_field if has_text_field else None,
+        "subset": source.subset,
+        "split": source.split,
+        "validation_fraction": data.validation_fraction,
+        "max_document_bytes": preparation.max_document_bytes,
+        "python": sys.version if source.source == "stdlib" else None,
+        "files": digest(json.dumps(described).encode()),
+    }
+
+
+def libraries() -> dict[str, str]:
+    """For the reader of the manifest; not part of the key, or each upgrade would train other tokenizers."""
+    names = ("tokenizers", "datasets", "numpy")
+    return {"python": sys.version, **{name: version(name) for name in names}}

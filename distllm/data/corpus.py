@@ -1,0 +1,175 @@
+"""One source of a job and the folder that it is prepared into."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distllm.config import schema
+from distllm.config.data_schema import Source
+from distllm.config.problems import user_error
+from distllm.data import quarantine
+from distllm.data.cache import MANIFEST, digest
+from distllm.data.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
+from distllm.data.join import absolute_entry, join
+from distllm.data.megatron_pair import describe_pair, index_file
+from distllm.data.pieces import Work
+from distllm.data.prepared import Split
+from distllm.data.quarantine import BadInputError
+from distllm.data.sources import InputFile, list_files, plan_units
+from distllm.data.sources.files import input_file
+from distllm.data.splits import check_counts
+from distllm.data.token_files import describe
+from distllm.data.tokenizer import TextTokenizer
+from distllm.data.units import unit_bytes_of
+from distllm.data.workers import make_pieces
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """files: of the source, as they are now. settings: all that decides the content of `folder`.
+
+    unit_bytes: size of a unit; None means by the size of the corpus.
+    """
+
+    name: str
+    source: Source
+    data: schema.Data
+    preparation: schema.Preparation
+    tokenizer: TextTokenizer
+    tokenizer_folder: Path
+    files: list[InputFile]
+    settings: dict[str, Any]
+    unit_bytes: int | None
+
+    @classmethod
+    def find(
+        cls,
+        name: str,
+        data: schema.Data,
+        preparation: schema.Preparation,
+        tokenizer: TextTokenizer,
+        tokenizer_folder: Path,
+        unit_bytes: int | None = None,
+    ) -> Corpus:
+        """User errors: those of `list_files`."""
+        source = data.named_sources[name]
+        files = list_files(source)
+        if source.source == "megatron":
+            files = [*files, input_file(index_file(files[0]))]
+        settings = {
+            "format": FORMAT_VERSION,
+            **document_settings(source, data, preparation, files),
+            "tokenizer": digest((tokenizer_folder / "tokenizer.json").read_bytes()),
+            "end_of_document": tokenizer.end_of_document_text,
+        }
+        return cls(name, source, data, preparation, tokenizer, tokenizer_folder, files, settings, unit_bytes)
+
+    @property
+    def folder(self) -> Path:
+        return cache_folder(self.data, "data", self.settings)
+
+    @property
+    def is_prepared(self) -> bool:
+        return (self.folder / MANIFEST).exists()
+
+    @property
+    def is_tokenized(self) -> bool:
+        """By another tool."""
+        return self.source.source == "megatron"
+
+    @property
+    def pieces(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.pieces")
+
+    def work(self, label: str = "all") -> Work:
+        """label: see `Work`. User errors: those of `plan_units`."""
+        return Work(
+            source=self.source,
+            files=self.files,
+            units=plan_units(self.source, self.files, self.unit_bytes or unit_bytes_of(self.files)),
+            folder=self.pieces,
+            tokenizer_folder=self.tokenizer_folder,
+            end_of_document=self.tokenizer.end_of_document_text,
+            validation_fraction=self.data.validation_fraction,
+            max_document_bytes=self.preparation.max_document_bytes,
+            stops=self.preparation.bad_input == "stop",
+            label=label,
+        )
+
+    def make_pieces(self, work: Work, indices: range, report: Report) -> None:
+        """User errors: those of `workers.make_pieces`; a rejected row, if it stops the job."""
+        try:
+            make_pieces(work, indices, self.preparation.workers, self.tokenizer, report)
+        except BadInputError as error:
+            raise quarantine.stopped(absolute_entry(work, error)) from None
+
+    def build(self, folder: Path, report: Report) -> dict[str, Any]:
+        """Fill `folder`, and describe it for the manifest; goes on where a killed process has stopped."""
+        start = time.monotonic()
+        if self.is_tokenized:
+            facts = describe_pair(self.source, self.data, self.files, self.tokenizer.vocab_size, report)
+        else:
+            work = self.work()
+            self.make_pieces(work, range(len(work.units)), report)
+            facts = self._join(work, folder, report)
+        seconds = time.monotonic() - start
+        done = "looked through" if self.is_tokenized else "tokenized"
+        report(f"{done} {len(self.files):,} files in {seconds:.1f} s")
+        splits = facts.pop("splits")
+        return {
+            "train": _plain(splits["train"]),
+            "validation": _plain(splits["validation"]) if "validation" in splits else None,
+            "vocab_size": self.tokenizer.vocab_size,
+            "end_of_document": self.tokenizer.end_of_document,
+            **facts,
+            "settings": self.settings,
+            "libraries": libraries(),
+            "seconds": round(seconds, 3),
+        }
+
+    def _join(self, work: Work, folder: Path, report: Report) -> dict[str, Any]:
+        joined = join(work, folder, self.tokenizer.vocab_size)
+        if joined.rejected:
+            report(quarantine.summary(joined.rejected, joined.num_rejected_files, self.folder))
+        validation = joined.splits.get("validation")
+        num_validation = validation.num_documents if validation else None
+        try:
+            check_counts(self.data, self.source, joined.splits["train"].num_documents, num_validation)
+            self._check_unchanged()
+        except ValueError:
+            shutil.rmtree(self.pieces)  # nobody will want them: what can be done gives another key
+            raise
+        names = [f"{name}{suffix}" for name in joined.splits for suffix in (".bin", ".idx", ".origins")]
+        return {
+            # Relative, for the folder is renamed.
+            "splits": {name: replace(split, prefix=Path(name)) for name, split in joined.splits.items()},
+            "fingerprint": joined.fingerprint,
+            "rejected": joined.rejected,
+            "token_files": describe(folder, names),
+        }
+
+    def _check_unchanged(self) -> None:
+        """User error: a file is not what it was at the start, so the key would name what is not there."""
+        for file in self.files:
+            if file.modified_ns is None:
+                continue
+            try:
+                status = os.stat(file.path)
+                changed = (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns)
+            except OSError:
+                changed = True
+            if changed:
+                rule = f"no file may change while it is read; {file.path} has"
+                raise user_error("data.path", self.source.path, rule, "run it again once nobody writes there")
+
+
+def _plain(split: Split) -> dict[str, Any]:
+    return {**asdict(split), "prefix": str(split.prefix)}

@@ -1,0 +1,74 @@
+"""How far the tokenization of a corpus has got, a line every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+
+from distllm.data.pieces import Advance
+
+PROGRESS_SECONDS = 5.0
+
+
+class StoppedError(Exception):
+    """The process that started this worker wants no more of it."""
+
+
+class Counters:
+    """Memory that the workers share: what was done of each unit, and whether to stop.
+
+    Without locks: a killed worker would keep one. Each number has a single writer.
+    """
+
+    def __init__(self, num_units: int) -> None:
+        context = get_context("spawn")
+        self.num_bytes = context.RawArray("q", num_units)
+        self.num_tokens = context.RawArray("q", num_units)
+        self.stop = context.RawValue("b", 0)
+
+    def of_unit(self, index: int, most_bytes: int) -> Advance:
+        """For the maker of piece `index`, which may be made anew. most_bytes: of its input."""
+        self.num_bytes[index] = self.num_tokens[index] = 0
+
+        def advance(num_bytes: int, num_tokens: int) -> None:
+            # Text and input differ in size (packed files, other fields): a unit ends with its share exactly.
+            self.num_bytes[index] = min(self.num_bytes[index] + num_bytes, most_bytes)
+            self.num_tokens[index] += num_tokens
+            if self.stop.value:
+                raise StoppedError
+
+        return advance
+
+
+class Progress:
+    """Tells `report` of `counters`.
+
+    total_bytes: of the input of all units; bytes_before: of those that were tokenized by earlier processes.
+    """
+
+    def __init__(
+        self, counters: Counters, total_bytes: int, bytes_before: int, report: Callable[[str], None]
+    ) -> None:
+        self._counters = counters
+        self._total_bytes = total_bytes
+        self._bytes_before = bytes_before
+        self._report = report
+        self._start = self._reported = time.monotonic()
+
+    def show(self) -> None:
+        """Report, if it is time to."""
+        now = time.monotonic()
+        if now - self._reported < PROGRESS_SECONDS:
+            return
+        self._reported = now
+        seconds = now - self._start
+        new_bytes, num_tokens = sum(self._counters.num_bytes), sum(self._counters.num_tokens)
+        done = self._bytes_before + new_bytes
+        rate = new_bytes / seconds
+        remaining = timedelta(seconds=round((self._total_bytes - done) / rate)) if rate else "?"
+        self._report(
+            f"tokenized {done / 1e6:,.0f} of {self._total_bytes / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+            f"{num_tokens / seconds:,.0f} tokens/s, {remaining} left"
+        )

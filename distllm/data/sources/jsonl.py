@@ -1,0 +1,107 @@
+"""JSON lines: one object each, plain or packed. Read in binary: no locale decides what a byte means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+from distllm.data.sources.documents import (
+    Document,
+    Rejected,
+    Rows,
+    checked_document,
+    too_long,
+    unreadable,
+)
+
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PIECE_BYTES = 1 << 20
+
+# A byte of text takes at most six in JSON (\u0041). What a line holds beside the text comes on top.
+ESCAPED_BYTES = 6
+OTHER_FIELDS_BYTES = 1 << 20
+
+
+def is_packed(path: str) -> bool:
+    return Path(path).suffix.lower() in PACKED
+
+
+def read(
+    path: str,
+    file: int,
+    text_field: str,
+    max_document_bytes: int | None,
+    start: int | None = None,
+    stop: int | None = None,
+) -> Rows:
+    """The lines of a file, or those that start at its bytes [start, stop)."""
+    row = 0
+    longest_line = (
+        -1 if max_document_bytes is None else ESCAPED_BYTES * max_document_bytes + OTHER_FIELDS_BYTES
+    )
+    try:
+        with open(path, "rb", buffering=PIECE_BYTES) as stream:
+            position = _first_line(stream, start, stop) if start else 0
+            while stop is None or position < stop:
+                line = stream.readline(longest_line)
+                if not line:
+                    break
+                position += len(line)
+                if len(line) == longest_line and not line.endswith(b"\n"):
+                    num_skipped = _skip_line(stream)
+                    position += num_skipped
+                    yield too_long(file, row, len(line) + num_skipped, longest_line, "line")
+                elif (result := _parse(line, file, row, text_field, max_document_bytes)) is not None:
+                    yield result
+                row += 1
+    except OSError as error:
+        yield unreadable(file, error, f"after line {row}")
+    return row
+
+
+def _first_line(stream: BinaryIO, start: int, stop: int | None) -> int:
+    """Go to the first line that starts at `start` or later; where that is, at most `stop`."""
+    position = stream.seek(start - 1)
+    while stop is None or position < stop:
+        piece = stream.readline(PIECE_BYTES if stop is None else min(PIECE_BYTES, stop - position))
+        position += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            break
+    return position
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read the rest of a line away; how many bytes it had."""
+    num_bytes = 0
+    while piece := stream.readline(PIECE_BYTES):
+        num_bytes += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return num_bytes
+
+
+def _parse(
+    line: bytes, file: int, row: int, text_field: str, max_document_bytes: int | None
+) -> Document | Rejected | None:
+    """None for a blank line."""
+    try:
+        content = line.removeprefix(BYTE_ORDER_MARK).decode()
+        if content.isspace() or not content:
+            return None
+        fields = json.loads(content)
+    except UnicodeDecodeError as error:
+        return Rejected(file, row, "invalid UTF-8", f"{error.reason} at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return Rejected(file, row, "broken JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        return Rejected(file, row, "broken JSON", str(error))
+    if not isinstance(fields, dict):
+        return Rejected(file, row, "broken JSON", f"must be an object, not a {type(fields).__name__}")
+    if text_field not in fields:
+        return Rejected(file, row, "missing field", f"no {text_field!r} among {list(fields)}")
+    text = fields[text_field]
+    if text is not None and not isinstance(text, str):
+        return Rejected(file, row, "not text", f"{text_field!r} holds a {type(text).__name__}")
+    return checked_document(text or "", file, row, max_document_bytes)

@@ -1,0 +1,130 @@
+"""The units of a corpus, tokenized by several processes; any of them, or all, may be killed at any time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from distllm.config.problems import user_error
+from distllm.data.pieces import Work, remove_unfinished, write_piece
+from distllm.data.progress import PROGRESS_SECONDS, Counters, Progress
+from distllm.data.tokenizer import CHARACTERS_PER_BATCH, TextTokenizer
+from distllm.runtime.launcher import die_with
+
+# Less is done by this process alone, on all cores, before workers have even started.
+FEWEST_UNITS = 4
+# A worker has one core: what does not fill many cores at once needs less memory.
+CHARACTERS_PER_WORKER_BATCH = 1 << 20
+MOST_DEATHS = 3  # in a row, without a piece made meanwhile
+
+
+def make_pieces(
+    work: Work,
+    indices: Sequence[int],
+    num_workers: int | None,
+    tokenizer: TextTokenizer,
+    report: Callable[[str], None],
+) -> None:
+    """Make those of the pieces `indices` that are not there yet.
+
+    num_workers: None means one per processor core. User error: workers that are killed again and again.
+    BadInputError: see `write_piece`.
+    """
+    work.folder.mkdir(exist_ok=True)
+    remove_unfinished(work)
+    num_bytes = sum(work.units[index].num_bytes for index in indices)
+    remaining = work.missing(indices)
+    counters = Counters(len(work.units))
+    bytes_before = num_bytes - sum(work.units[index].num_bytes for index in remaining)
+    progress = Progress(counters, num_bytes, bytes_before, report)
+    if len(remaining) < len(indices):
+        report(f"goes on with {len(remaining):,} of {len(indices):,} pieces; the others are there")
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0))
+    if num_workers == 1 or len(remaining) < FEWEST_UNITS:
+        _make_here(work, remaining, tokenizer, counters, progress)
+    else:
+        _make_in_workers(work, remaining, num_workers, counters, progress, report)
+
+
+def _make_here(
+    work: Work, indices: list[int], tokenizer: TextTokenizer, counters: Counters, progress: Progress
+) -> None:
+    for index in indices:
+        count = counters.of_unit(index, work.units[index].num_bytes)
+
+        def advance(num_bytes: int, num_tokens: int) -> None:
+            count(num_bytes, num_tokens)  # noqa: B023  # called before the next turn of the loop
+            progress.show()
+
+        write_piece(work, index, tokenizer, CHARACTERS_PER_BATCH, advance)
+
+
+def _make_in_workers(
+    work: Work,
+    indices: list[int],
+    num_workers: int,
+    counters: Counters,
+    progress: Progress,
+    report: Callable[[str], None],
+) -> None:
+    remaining, num_deaths = indices, 0
+    while remaining:
+        try:
+            _run_pool(work, remaining, min(num_workers, len(remaining)), counters, progress)
+        except BrokenProcessPool:
+            num_before, remaining = len(remaining), work.missing(remaining)
+            num_deaths = 1 if len(remaining) < num_before else num_deaths + 1
+            if num_deaths == MOST_DEATHS:
+                rule = f"{num_deaths} workers were killed, one after another; the system may lack memory"
+                raise user_error(
+                    "preparation.workers", num_workers, rule, "fewer of them; what is done is kept"
+                ) from None
+            report("a worker was killed; its pieces are made anew")
+        else:
+            return
+
+
+def _run_pool(
+    work: Work, indices: list[int], num_workers: int, counters: Counters, progress: Progress
+) -> None:
+    """BrokenProcessPool: a worker was killed. The executor ends the others then."""
+    # Not by fork: this process may have threads, of torch among others, that hold locks.
+    pool = ProcessPoolExecutor(
+        num_workers, get_context("spawn"), initializer=_start, initargs=(work, counters, os.getpid())
+    )
+    with pool:
+        try:
+            pending: set[Future[None]] = {pool.submit(_make, index) for index in indices}
+            while pending:
+                done, pending = wait(pending, PROGRESS_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress.show()
+        except BaseException:
+            counters.stop.value = 1  # else leaving waits until the workers have finished their units
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# What a worker was started with.
+_worker: tuple[Work, Counters, TextTokenizer]
+
+
+def _start(work: Work, counters: Counters, parent: int) -> None:
+    global _worker
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the terminal: it is for the parent, which stops us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    _worker = work, counters, TextTokenizer.load(work.tokenizer_folder, work.end_of_document)
+
+
+def _make(index: int) -> None:
+    work, counters, tokenizer = _worker
+    num_bytes = work.units[index].num_bytes
+    write_piece(work, index, tokenizer, CHARACTERS_PER_WORKER_BATCH, counters.of_unit(index, num_bytes))
+    counters.num_bytes[index] = num_bytes
