@@ -15,11 +15,13 @@ from distllm.data.sequences import Samples, Sequences
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """max_epochs: how often each sequence may be seen; None means without limit."""
+    """max_epochs: how often each sequence may be seen; None means without limit. limit_setting: what users
+    call that."""
 
     sequences: Sequences
     order: Order
     max_epochs: int | None = None
+    limit_setting: str = "data.max_epochs"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class TrainingData:
             num_sequences = source.sequences.num_sequences
             epochs[chosen], positions = np.divmod(draws.source_samples[chosen], num_sequences)
             if source.max_epochs is not None and epochs[chosen].max() >= source.max_epochs:
-                raise exhausted(name, source.max_epochs, f"sample {int(samples[chosen].max()):,}")
+                raise exhausted(source, f"at sample {int(samples[chosen].max()):,}")
             sequences[chosen] = sequence_numbers(epochs[chosen], positions, num_sequences, source.order)
         return Located(names, epochs, sequences)
 
@@ -119,10 +121,10 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
     )
 
 
-def exhausted(name: str, max_epochs: int, when: str) -> UserError:
+def exhausted(source: TrainingSource, when: str) -> UserError:
     return user_error(
-        "max_epochs",
-        max_epochs,
-        f"source {name} would be seen more often at {when}",
+        source.limit_setting,
+        source.max_epochs,
+        f"the source would be seen more often {when}",
         "more epochs, a smaller weight, fewer train.steps, or data.changes that leave the source out in time",
     )

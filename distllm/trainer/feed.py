@@ -47,7 +47,12 @@ def open_data(config: Config, prepared: PreparedData, report: Callable[[str], No
     for name, settings in config.data.named_sources.items():
         source = prepared.sources[name]
         order = Order(config.train.seed, name, settings.shuffle)
-        training[name] = TrainingSource(open_split(source, source.train), order, settings.max_epochs)
+        training[name] = TrainingSource(
+            open_split(source, source.train),
+            order,
+            settings.max_epochs,
+            config.data.setting(name, "max_epochs"),
+        )
         if source.validation is not None and config.train.validation_interval > 0:
             validation[name] = open_split(source, source.validation)
     records = {
@@ -74,7 +79,9 @@ def refuse_exhausted(config: Config, training: TrainingData, state: TrainState) 
             continue
         available = source.max_epochs * source.sequences.num_sequences
         if count > available:
-            raise exhausted(name, source.max_epochs, f"the end: {count:,} samples of {available:,}")
+            raise exhausted(
+                source, f"by the last step: {count:,} samples, of which {available:,} are allowed"
+            )
 
 
 @dataclass(frozen=True)

@@ -146,13 +146,13 @@ def refuse_other_job(
                 Problem(setting, now.get(setting), rule, f"{setting}={value}, or another run.dir")
             )
     if is_trained:
-        problems += _other_sources(prepared, data, manifest, path)
+        problems += _other_sources(config, prepared, data, manifest, path)
     if problems:
         raise UserError(problems)
 
 
 def _other_sources(
-    prepared: PreparedData, data: OpenedData, manifest: Manifest, path: Path
+    config: Config, prepared: PreparedData, data: OpenedData, manifest: Manifest, path: Path
 ) -> Iterator[Problem]:
     """Sources that are not what samples were drawn from. One that is new, or was not drawn from yet, may be
     anything; one that is gone is no longer drawn from."""
@@ -171,5 +171,8 @@ def _other_sources(
             )
         shuffle, shuffle_before = data.records[name]["shuffle"], record["shuffle"]
         if shuffle != shuffle_before:
-            rule = f"the order of source {name} hangs on it, and {path.name} was made with {shuffle_before}"
-            yield Problem("shuffle", shuffle, rule, f"shuffle={shuffle_before}, or another run.dir")
+            rule = f"the order of source {name} hangs on it, and {path.name} was made with {str(shuffle_before).lower()}"
+            setting = config.data.setting(name, "shuffle")
+            yield Problem(
+                setting, shuffle, rule, f"{setting}={str(shuffle_before).lower()}, or another run.dir"
+            )

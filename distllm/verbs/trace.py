@@ -6,8 +6,9 @@ from pathlib import Path
 
 from distllm.checkpoint.manager import list_checkpoints
 from distllm.checkpoint.manifest import read_manifest
-from distllm.config.compose import Request, load
+from distllm.config.compose import Request
 from distllm.config.problems import user_error
+from distllm.config.schema import Config
 from distllm.data.ledger import samples_of_step
 from distllm.metrics.format import block, plural
 from distllm.metrics.run_directory import RunDirectory
@@ -22,14 +23,14 @@ EXIT_NOT_PROVEN = 1
 HEADER = ("sample", "source", "epoch", "sequence", "document", "tokens", "file", "row")
 
 
-def run(request: Request) -> int:
+def run(config: Config, request: Request) -> int:
     arguments = request.arguments
-    directory = RunDirectory(Path(load(request).run.dir), create=False)
+    directory = RunDirectory(Path(config.run.dir), create=False)
     ledger = read_ledger(directory)
     rows = [row for row in read_rows(directory.metrics_path) if "loss" in row]
     last_step = rows[-1]["step"] if rows else 0
     if "step" in arguments:
-        print(trace_text(ledger, _number("step", arguments["step"])))
+        print(trace_text(ledger, _number("step", arguments["step"]), last_step))
         if arguments.get("verify") != "true":
             return 0
     elif arguments.get("verify") != "true":
@@ -44,13 +45,15 @@ def run(request: Request) -> int:
     return EXIT_NOT_PROVEN if proof.faults else 0
 
 
-def trace_text(ledger: Ledger, step: int) -> str:
+def trace_text(ledger: Ledger, step: int, last_step: int) -> str:
     """One line for each document of each sequence."""
     samples = samples_of_step(ledger.history, step)
     title = (
         f"step {step:,}: samples {samples.start:,} to {samples.stop - 1:,}, "
         f"{plural(len(samples), 'sequence')} of {ledger.seq_length:,} tokens; rows are counted from 0"
     )
+    if step > last_step:
+        title += f"\nnot taken yet: this is the plan after the {last_step:,} steps that are done"
     lines = [HEADER, *(line for sample in trace(ledger, step) for line in _lines(sample))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
