@@ -46,8 +46,8 @@ class Microbatch:
     def positions(self) -> Tensor:
         """[micro_batch, seq], for learned embeddings.
 
-        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good:
-        scores depend on differences of positions only, and these are equal inside a document.
+        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good,
+        up to rounding: scores depend on differences of positions, equal inside a document.
         """
         batch, seq = self.tokens.size(0), self.tokens.size(1) - 1
         if self.document_starts is None:
@@ -92,7 +92,7 @@ def _normalize_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Se
     total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
     dist.all_reduce(total, group=groups.data)
     scale = torch.where(total > 0, len(microbatches) * groups.grid.data / total, 0.0).float()
-    return [replace(batch, weights=w * scale) for batch, w in zip(microbatches, weights, strict=True)]
+    return [replace(batch, weights=w.float() * scale) for batch, w in zip(microbatches, weights, strict=True)]
 
 
 @torch.no_grad()
