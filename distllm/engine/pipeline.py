@@ -46,8 +46,8 @@ class Microbatch:
     def positions(self) -> Tensor:
         """[micro_batch, seq], for learned embeddings.
 
-        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good, up
-        to rounding: scores depend on differences of positions, and these are equal inside a document.
+        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good,
+        up to rounding: scores depend on differences of positions, equal inside a document.
         """
         batch, seq = self.tokens.size(0), self.tokens.size(1) - 1
         if self.document_starts is None:
