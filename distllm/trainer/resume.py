@@ -169,10 +169,8 @@ def _other_sources(
                 rule,
                 f"{fix}or take another run.dir",
             )
-        shuffle, shuffle_before = data.records[name]["shuffle"], record["shuffle"]
-        if shuffle != shuffle_before:
-            rule = f"the order of source {name} hangs on it, and {path.name} was made with {str(shuffle_before).lower()}"
-            setting = config.data.setting(name, "shuffle")
-            yield Problem(
-                setting, shuffle, rule, f"{setting}={str(shuffle_before).lower()}, or another run.dir"
-            )
+        if record["shuffle"] != data.records[name]["shuffle"]:
+            setting, before_text = config.data.setting(name, "shuffle"), str(record["shuffle"]).lower()
+            rule = f"the order of source {name} hangs on it, and {path.name} was made with {before_text}"
+            fix = f"{setting}={before_text}, or another run.dir"
+            yield Problem(setting, data.records[name]["shuffle"], rule, fix)
