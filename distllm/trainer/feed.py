@@ -47,7 +47,7 @@ def open_data(config: Config, prepared: PreparedData, report: Callable[[str], No
     for name, settings in config.data.named_sources.items():
         source = prepared.sources[name]
         order = Order(config.train.seed, name, settings.shuffle)
-        limit_setting = config.data.setting(name, "max_epochs")
+        limit_setting = f"{config.data.place(name)}.max_epochs"
         sequences = open_split(source, source.train)
         training[name] = TrainingSource(sequences, order, settings.max_epochs, limit_setting)
         if source.validation is not None and config.train.validation_interval > 0:

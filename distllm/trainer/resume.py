@@ -164,13 +164,13 @@ def _other_sources(
             rule = f"its tokens must be those of {path.name}; what changed: {what_changed(record, source)}"
             fix = "restore the documents and the tokenizer, give the new documents a source of their own, "
             yield Problem(
-                f"data source {name}",
+                config.data.place(name),
                 f"fingerprint {source.fingerprint}",
                 rule,
                 f"{fix}or take another run.dir",
             )
         if record["shuffle"] != data.records[name]["shuffle"]:
-            setting, before_text = config.data.setting(name, "shuffle"), str(record["shuffle"]).lower()
+            setting, before_text = f"{config.data.place(name)}.shuffle", str(record["shuffle"]).lower()
             rule = f"the order of source {name} hangs on it, and {path.name} was made with {before_text}"
             fix = f"{setting}={before_text}, or another run.dir"
             yield Problem(setting, data.records[name]["shuffle"], rule, fix)

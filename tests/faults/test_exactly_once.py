@@ -141,9 +141,8 @@ def test_a_step_leads_back_to_its_documents(folder: Path) -> None:
     title, header, *lines = result.stdout.splitlines()
     assert title.startswith("step 20: samples 152 to 159, 8 sequences of 32 tokens")
     assert header.split() == ["sample", "source", "epoch", "sequence", "document", "tokens", "file", "row"]
-    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
-        str(n) for n in range(152, 160)
-    ]
+    first_words = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert first_words == [str(sample) for sample in range(152, 160)]
     ledger = read_ledger(RunDirectory(folder / "reference", create=False))
     sources = open_sources(ledger)
     for sample in trace(ledger, 20):
@@ -204,7 +203,7 @@ def test_a_changed_source_is_refused_with_what_changed(folder: Path) -> None:
         lines = (folder / "code" / "a.jsonl").read_text().splitlines(keepends=True)
         (folder / "code" / "a.jsonl").write_text("".join(lines[:-1]))
     assert job.exit_code == 2
-    assert "data source code" in job.stderr
+    assert "data.sources.code=fingerprint" in job.stderr
     assert "a.jsonl had" in job.stderr
     again = fork(folder, "train", *RUN, "run.dir=reference", f"train.steps={STEPS}")
     assert again.exit_code == 0, "the same text is the same data, whenever it was written"

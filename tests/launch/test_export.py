@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from distllm.config import compose
-from distllm.data.order import sequence_numbers
+from distllm.data.order import Order, sequence_numbers
 from distllm.data.token_stream import TokenStream
 from distllm.verbs.export import copy_tokenizer
 from distllm.verbs.import_ import _quoted, overrides
@@ -364,8 +364,9 @@ def first_batch(folder: Path, seq_length: int) -> Tensor:
     """[8, seq_length + 1]: the sequences of step 1, read from the newest token file."""
     newest = max((folder / "cache").glob("data-*"), key=lambda path: path.stat().st_mtime)
     stream = TokenStream(newest / "train")
-    numbers = sequence_numbers(0, 8, (stream.num_tokens - 1) // seq_length, 1234)
-    windows = [stream.tokens[i * seq_length : (i + 1) * seq_length + 1] for i in numbers]
+    num_sequences, order = (stream.num_tokens - 1) // seq_length, Order(1234, "text")
+    numbers = sequence_numbers(np.zeros(8, np.int64), np.arange(8), num_sequences, order).tolist()
+    windows = [stream.read(i * seq_length, (i + 1) * seq_length + 1) for i in numbers]
     return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from distllm.data.indexed import TokenWriter
 from distllm.data.ledger import History, Stretch, with_plan
+from distllm.data.loader import Located, TrainingData
 from distllm.data.prepared import PreparedSource, Split
 from distllm.data.record import to_record
 from distllm.trainer import proof as proof_module
@@ -93,20 +94,13 @@ def test_a_mixture_that_counts_wrongly_is_found(ledger: Ledger, monkeypatch: pyt
     right = prove(ledger, 1, STEPS)
     assert right.faults == [], "one mixture for all is as good"
     monkeypatch.undo()
-    order = proof_module.training_data
+    locate = TrainingData.locate
 
-    def with_one_sequence_less(*arguments: Any) -> Any:
-        data = order(*arguments)
-        draw = data.locate
+    def locate_wrongly(self: TrainingData, samples: np.ndarray, drawn_from: Any) -> Located:
+        located = locate(self, samples, drawn_from)
+        return replace(located, sequences=np.where(located.sequences == 7, 8, located.sequences))
 
-        def locate(samples: np.ndarray, drawn_from: Any) -> Any:
-            located = draw(samples, drawn_from)
-            return replace(located, sequences=np.where(located.sequences == 7, 8, located.sequences))
-
-        data.locate = locate
-        return data
-
-    monkeypatch.setattr(proof_module, "training_data", with_one_sequence_less)
+    monkeypatch.setattr(TrainingData, "locate", locate_wrongly)
     faults = prove(ledger, 1, STEPS).faults
     assert "sequence 8 of a came twice in epoch 0" in faults
     assert "1 sequences of b are missing from epoch 0" in faults
