@@ -30,16 +30,9 @@ def list_shards(source: Source) -> list[InputFile]:
     User errors: data set, subset, split or column that is not there; the hub cannot be reached.
     """
     _open.cache_clear()  # it may have changed since
-    folder = _local_folder(source)
-    dataset, data_files = _open(source)
+    dataset, files = _open(source)
     _check_column(source, dataset)
-    name = f"{folder or source.path}{f'/{source.subset}' if source.subset else ''}:{source.split}"
-    if folder and is_saved(folder):
-        sizes = [file.stat().st_size for file in folder.rglob("*.arrow")]
-        return [InputFile(name, sum(sizes), max(f.stat().st_mtime_ns for f in folder.rglob("*.json")))]
-    if len(data_files) != dataset.num_shards:  # archives, for example
-        data_files = [f"shard {shard} of {dataset.num_shards}" for shard in range(dataset.num_shards)]
-    return [_shard_file(name, data_file) for data_file in data_files]
+    return files
 
 
 def num_rows(source: Source) -> int | None:
@@ -49,13 +42,19 @@ def num_rows(source: Source) -> int | None:
 
 
 def read_shard(
-    source: Source, file: int, num_files: int, start: int | None, stop: int | None, limit: int | None
+    source: Source, files: list[InputFile], file: int, start: int | None, stop: int | None, limit: int | None
 ) -> Rows:
-    """The rows of shard `file` of `num_files`, or [start, stop) of a saved data set. limit: bytes of text."""
+    """The rows of shard `file` of `files`, or [start, stop) of a saved data set. limit: bytes of a text.
+
+    User errors: the data set has changed since the files were listed; the hub cannot be reached any more.
+    """
     row = 0
     try:
-        dataset, _ = _open(source)
-        for table in _tables(source, dataset, file, num_files, start, stop):
+        dataset, present_files = _open(source)
+        if len(present_files) != len(files) or present_files[file] != files[file]:
+            rule = f"must not change while it is read; {files[file].path} has"
+            raise user_error("data.path", source.path, rule, "start again")
+        for table in _tables(source, dataset, file, len(files), start, stop):
             problem = column_problem(table.schema, source.text_field)
             if problem:
                 yield Rejected(file, None, *problem)
@@ -99,6 +98,12 @@ def _local_folder(source: Source) -> Path | None:
     return Path(path).absolute() if os.path.isdir(path) else None
 
 
+def _saved_file(name: str, folder: Path) -> InputFile:
+    statuses = [file.stat() for file in sorted(folder.rglob("*")) if file.suffix in (".arrow", ".json")]
+    num_bytes = sum(status.st_size for status in statuses)
+    return InputFile(name, num_bytes, max(status.st_mtime_ns for status in statuses))
+
+
 def _shard_file(name: str, data_file: str) -> InputFile:
     if os.path.isfile(data_file):
         status = os.stat(data_file)
@@ -107,12 +112,16 @@ def _shard_file(name: str, data_file: str) -> InputFile:
 
 
 @functools.lru_cache(maxsize=1)  # to ask the hub takes seconds, and there are many units
-def _open(source: Source) -> tuple[Any, list[str]]:
-    """The split and, where it is streamed, its data files."""
+def _open(source: Source) -> tuple[Any, list[InputFile]]:
+    """The split and its files, as `list_shards` gives them."""
     folder = _local_folder(source)
-    return (
-        (_open_saved(source, folder), []) if folder and is_saved(folder) else _open_streamed(source, folder)
-    )
+    name = f"{folder or source.path}{f'/{source.subset}' if source.subset else ''}:{source.split}"
+    if folder and is_saved(folder):
+        return _open_saved(source, folder), [_saved_file(name, folder)]
+    dataset, data_files = _open_streamed(source, folder)
+    if len(data_files) != dataset.num_shards:  # archives, for example
+        data_files = [f"shard {shard} of {dataset.num_shards}" for shard in range(dataset.num_shards)]
+    return dataset, [_shard_file(name, data_file) for data_file in data_files]
 
 
 def _open_saved(source: Source, folder: Path) -> Any:
@@ -135,6 +144,7 @@ def _open_saved(source: Source, folder: Path) -> Any:
 
 
 def _open_streamed(source: Source, folder: Path | None) -> tuple[Any, list[str]]:
+    """The split and its data files."""
     import datasets
 
     if folder:

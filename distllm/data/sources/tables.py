@@ -1,7 +1,8 @@
 """The text column of Parquet and Arrow files, in batches. What is read there is checked row by row here.
 
 The formats hold a batch of rows in one piece: a too long document is in memory with its batch before it is
-rejected; of Parquet that is about BATCH_BYTES or one row, of Arrow what the writer made one record batch.
+rejected. Of Parquet that is about BATCH_BYTES, or one row, and a page; of Arrow, what the writer made one
+record batch.
 """
 
 from __future__ import annotations
