@@ -1,7 +1,8 @@
 """Data sets of the `datasets` library: of the hub (streamed), folders of data files, and saved ones.
 
 The library gives up the rest of a shard at its first broken row; JSON lines on disk are better read by
-data.source=jsonl. It also guesses types: the text "2020-01-01" of a JSON file becomes a time.
+data.source=jsonl. It also guesses types: the text "2020-01-01" of a JSON file becomes a time. Of Parquet it
+holds a whole row group in memory.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _open_streamed(source: Source, folder: Path | None) -> tuple[Any, list[str]]
         rule = f"must be a data set on the hub, or a folder of data files ({error})"
         fix = "data.path=OWNER/NAME or data.path=FOLDER; log in first if it is private: hf auth login"
         raise user_error("data.path", source.path, rule, fix) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the data set is a script
         if "onfig" not in str(error):
             rule = f"must be a data set of the datasets library ({error})"
             raise user_error("data.path", source.path, rule, "another data.path") from error

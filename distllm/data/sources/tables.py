@@ -105,8 +105,8 @@ Parts = Iterator[tuple[str, int | None, Iterator[pa.Array]]]
 
 
 def _parquet_parts(path: str, text_field: str, start: int | None, stop: int | None) -> Parts:
-    # With a buffer, pages are read one after the other; without, the whole column of a row group at once.
-    with pq.ParquetFile(path, buffer_size=1 << 20) as parquet:
+    # Pages are read one after the other; as it stands pyarrow takes the whole column of a row group at once.
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
         index = parquet.schema_arrow.get_field_index(text_field)
         assert index >= 0, "column_problem() must have seen to it"
         for group in range(start or 0, parquet.num_row_groups if stop is None else stop):

@@ -143,6 +143,8 @@ def test_errors_name_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "a::b.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"passes over files with '::'"):
         list_files(source("huggingface", tmp_path))
+    with pytest.raises(UserError, match=r"data\.path=.*nothing\n.*Couldn't find any data file"):
+        list_files(source("huggingface", tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"data\.path=.*empty\n.*doesn't contain any data files"):
         list_files(source("huggingface", tmp_path / "empty"))

@@ -163,7 +163,8 @@ def test_no_flipped_byte_ends_the_process(tmp_path: Path, write: Write) -> None:
 def test_batches_are_small_in_bytes(tmp_path: Path) -> None:
     rows = 40
     table = pa.table({"text": [str(i) * 500_000 for i in range(10, 10 + rows)]})
-    pq.write_table(table, tmp_path / "a", write_batch_size=1, data_page_size=1_000_000)  # one row group
+    one_row_group = {"write_batch_size": 1, "data_page_size": 1_000_000, "compression": "none"}
+    pq.write_table(table, tmp_path / "a", **one_row_group)
     del table
     before = pa.total_allocated_bytes()
     highest = 0
