@@ -18,6 +18,7 @@ from distllm.data.sources import (
     InputFile,
     Rejected,
     huggingface,
+    huggingface_splits,
     list_files,
     plan_units,
     read_unit,
@@ -166,7 +167,9 @@ def test_a_lost_hub_is_not_taken_for_bad_data(tmp_path: Path, monkeypatch: pytes
         raise TimeoutError("lost")
 
     write_lines(tmp_path / "train.jsonl", ["x"])
-    monkeypatch.setattr(huggingface, "_local_folder", lambda source: None)  # takes the folder for a name
+    monkeypatch.setattr(
+        huggingface_splits, "local_folder", lambda source: None
+    )  # takes the folder for a name
     corpus = source("huggingface", tmp_path)
     assert texts(read(corpus)) == ["x"]
     monkeypatch.setattr(huggingface, "_tables", lose)

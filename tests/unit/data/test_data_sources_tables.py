@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from distllm.config.data_schema import SourceKind
 from distllm.config.problems import UserError
-from distllm.data.sources import Rejected, list_files, plan_units, tables
+from distllm.data.sources import Document, Rejected, list_files, plan_units, tables
 
 
 def write_parquet(table: pa.Table, path: Path, rows: int = 2) -> None:
@@ -158,6 +158,21 @@ def test_no_flipped_byte_ends_the_process(tmp_path: Path, write: Write) -> None:
         (tmp_path / "a").write_bytes(broken)
         with contextlib.suppress(UserError):  # the byte was in the column's name
             read(source(kind, tmp_path / "a"))
+
+
+@every_format
+def test_a_dictionary_is_not_multiplied(tmp_path: Path, kind: SourceKind, write: Callable[..., None]) -> None:
+    """2.2 GB of text, more than a column of plain strings can hold, did each row have its own."""
+    indices = pa.array([0, None, *[1] * 2200], pa.int32())
+    write(
+        pa.table({"text": pa.DictionaryArray.from_arrays(indices, ["x", "y" * 10**6])}), tmp_path / "a", 9999
+    )
+    assert kind == "parquet" or kind == "arrow"
+    sizes = [
+        len(result.text) if isinstance(result, Document) else result.reason
+        for result in tables.read_table(str(tmp_path / "a"), kind, 0, "text", None)
+    ]
+    assert sizes == [1, "empty", *[10**6] * 2200]
 
 
 def test_batches_are_small_in_bytes(tmp_path: Path) -> None:
