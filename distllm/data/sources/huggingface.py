@@ -1,0 +1,104 @@
+"""Data sets of the `datasets` library: of the hub (streamed), folders of data files, and saved ones.
+
+The library gives up the rest of a shard at its first broken row; JSON lines on disk are better read by
+data.source=jsonl. It also guesses types: the text "2020-01-01" of a JSON file becomes a time. Of Parquet it
+holds a whole row group in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from distllm.config.data_schema import Source
+from distllm.config.problems import UserError, user_error
+from distllm.data.sources import huggingface_splits
+from distllm.data.sources.documents import InputFile, Rejected, Rows, unreadable
+from distllm.data.sources.tables import column_problem, decoded_document, encoded_texts
+
+BATCH_ROWS = 128
+
+
+def list_shards(source: Source) -> list[InputFile]:
+    """The data files of a split, each a shard, in the library's order; a saved data set is one file.
+
+    User errors: data set, subset, split or column that is not there; the hub cannot be reached.
+    """
+    huggingface_splits.open_split.cache_clear()  # it may have changed since
+    dataset, files = huggingface_splits.open_split(source)
+    _check_column(source, dataset)
+    return files
+
+
+def num_rows(source: Source) -> int | None:
+    """Of a saved data set, which can be cut into ranges of rows; None of any other."""
+    folder = huggingface_splits.local_folder(source)
+    return (
+        len(huggingface_splits.open_split(source)[0])
+        if folder and huggingface_splits.is_saved(folder)
+        else None
+    )
+
+
+def read_shard(
+    source: Source, files: list[InputFile], file: int, start: int | None, stop: int | None, limit: int | None
+) -> Rows:
+    """The rows of shard `file` of `files`, or [start, stop) of a saved data set. limit: bytes of a text.
+
+    User errors: the data set has changed since the files were listed; the hub cannot be reached any more.
+    """
+    row = 0
+    try:
+        dataset, present_files = huggingface_splits.open_split(source)
+        if len(present_files) != len(files) or present_files[file] != files[file]:
+            rule = f"must not change while it is read; {files[file].path} has"
+            raise user_error("data.path", source.path, rule, "start again")
+        for table in _tables(source, dataset, file, len(files), start, stop):
+            problem = column_problem(table.schema, source.text_field)
+            if problem:
+                yield Rejected(file, None, *problem)
+                break
+            for column in table.column(source.text_field).chunks:
+                for encoded in encoded_texts(column):
+                    yield decoded_document(encoded, file, row, limit)
+                    row += 1
+    except UserError:
+        raise
+    except Exception as error:
+        # The library passes on what pyarrow, fsspec and the decompressors raise, each of another kind.
+        if huggingface_splits.local_folder(source) is None and not isinstance(
+            error, ValueError | pa.ArrowException
+        ):
+            # The net is at fault, not the data: what is left out now would be missing for good.
+            raise huggingface_splits.unreachable(source, error) from error
+        yield unreadable(file, error, f"after row {row}")
+    return row
+
+
+def _tables(
+    source: Source, dataset: Any, file: int, num_files: int, start: int | None, stop: int | None
+) -> Iterator[pa.Table]:
+    folder = huggingface_splits.local_folder(source)
+    dataset = dataset.select_columns([source.text_field]).with_format("arrow")
+    if folder is None or not huggingface_splits.is_saved(folder):
+        yield from dataset.shard(num_shards=num_files, index=file).iter(BATCH_ROWS)
+        return
+    stop = len(dataset) if stop is None else stop
+    for first in range(start or 0, stop, BATCH_ROWS):
+        yield dataset[first : min(first + BATCH_ROWS, stop)]
+
+
+def _check_column(source: Source, dataset: Any) -> None:
+    schema = dataset.features.arrow_schema if dataset.features else None
+    if schema is None:
+        try:
+            first = next(iter(dataset.with_format("arrow").iter(1)), None)
+        except Exception:  # reading will meet it again, and tell the place
+            return
+        schema = first.schema if first is not None else None
+    problem = column_problem(schema, source.text_field) if schema is not None else None
+    if problem:
+        fix = "data.text_field=NAME with the column of the text"
+        raise user_error("data.text_field", source.text_field, f"must be a column of text; {problem[1]}", fix)
