@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from test_data_sequences import opened, write
 
 from distllm.config.problems import UserError
-from distllm.data.loader import StepShape, TrainingData, TrainingSource, concatenate
+from distllm.data.loader import StepShape, TrainingData, TrainingSource
 from distllm.data.mixture import Phase
 from distllm.data.order import Order
-from distllm.data.sequences import Samples
 
 SEQ_LENGTH = 8
 PHASES = [Phase(0, {"a": 2, "b": 1}), Phase(30, {"a": 1, "b": 1}), Phase(70, {"a": 1, "b": 0})]
@@ -84,12 +83,6 @@ def test_weights_and_document_starts_go_along(tmp_path: Path, packing: str) -> N
         expected_starts += (alone.document_starts[:-1] + row * SEQ_LENGTH).tolist()
     assert samples.document_starts.tolist() == [*expected_starts, 6 * SEQ_LENGTH]
     assert samples.document_starts.dtype == np.int32
-
-
-def test_either_all_samples_have_weights_or_none() -> None:
-    tokens, weights = np.zeros((1, 9), np.int64), np.ones((1, 8), np.float32)
-    with pytest.raises(AssertionError, match="one for all sources"):
-        concatenate([Samples(tokens), Samples(tokens, weights)])
 
 
 def test_the_last_epoch_that_is_allowed(tmp_path: Path) -> None:
