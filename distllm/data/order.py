@@ -64,7 +64,8 @@ def sequence_numbers(
 
 def _feistel(values: np.ndarray, rows: int, columns: int, key: int) -> np.ndarray:
     """A bijection on uint64 values below rows * columns, whatever `_mix` is."""
-    row, column = values // np.uint64(columns), values % np.uint64(columns)
+    row: np.ndarray = values // np.uint64(columns)
+    column: np.ndarray = values % np.uint64(columns)
     for round_number in range(1, NUM_ROUNDS + 1):
         round_key = np.uint64((key + round_number * GOLDEN) & MASK_64)
         if round_number % 2:

@@ -25,8 +25,8 @@ class StartFacts:
 
     grid: the layout, drawn; may have several lines. precision: as `train.precision`.
     num_parameters: of the whole model, shared ones once. steps: updates in all; resume_step: those done
-    already. training_tokens: in the training split, once through. source_epochs: of each source of a mixture, its
-    share of all samples and how often they go through it.
+    already. training_tokens: in the training split, once through. source_epochs: of each source of a mixture,
+    its share of all samples and how often they go through it.
     memory_bytes_per_rank: estimate, item by item, for the fullest rank.
     resumed_from: the checkpoint, None for a start from scratch.
     """
