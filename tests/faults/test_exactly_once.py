@@ -207,3 +207,26 @@ def test_a_changed_source_is_refused_with_what_changed(folder: Path) -> None:
     assert "a.jsonl had" in job.stderr
     again = fork(folder, "train", *RUN, "run.dir=reference", f"train.steps={STEPS}")
     assert again.exit_code == 0, "the same text is the same data, whenever it was written"
+
+
+PACKED = ("sequences=best_fit", "train.steps=8", "data.changes=[]", "data.validation_fraction=0.5")
+
+
+@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2", "zero.stage=2"), ("parallel.pipeline=2",)])
+def test_packed_documents_train_alike_under_every_layout(folder: Path, overrides: tuple[str, ...]) -> None:
+    """Padding and document boundaries weigh unevenly on ranks and microbatches; the mean is the global one."""
+    if not (folder / "packed").exists():
+        with start(folder, "packed", 1, 0, *PACKED, "train.validation_interval=4") as job:
+            (end,) = job.wait()
+        assert end.exit_code == 0, end.output
+        assert "packed" in end.stderr, "the packing is told of"
+    name = f"packed_{len(overrides)}"
+    with start(folder, name, 2, 0, *PACKED, "train.validation_interval=4", *overrides) as job:
+        for end in job.wait():
+            assert end.exit_code == 0, end.output
+    assert trained_on(folder / name) == trained_on(folder / "packed")
+    for found, wanted in zip(read_rows(folder / name), read_rows(folder / "packed"), strict=True):
+        for key in found.keys() - {"step_seconds", "tokens_per_second", "validation_seconds"}:
+            assert found[key] == pytest.approx(wanted[key], rel=1e-5), key
+    proof = fork(folder, "trace", f"run.dir={name}", "verify=true")
+    assert proof.exit_code == 0, proof.output
