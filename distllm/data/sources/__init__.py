@@ -3,7 +3,7 @@
 `list_files` finds the files, `plan_units` cuts them into units of work, `read_unit` reads one, anywhere. A
 unit ends with `UnitEnd`, which holds its number of rows: the rows of a range of a file are counted from the
 start of the range, so the true row is the sum of the rows of the file's earlier units plus the row told. The
-rows of whole files are counted from the start of each. A blank JSON line is a row, so that row + 1 is the line.
+rows of whole files are counted from the start of each. A blank JSON line is a row: row + 1 is the line.
 """
 
 from distllm.data.sources.documents import Document, InputFile, Rejected, Unit, UnitEnd

@@ -10,6 +10,7 @@ from pathlib import Path
 from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data.sources.documents import InputFile
+from distllm.data.sources.huggingface import list_shards
 
 
 def list_files(source: Source) -> list[InputFile]:
@@ -19,6 +20,8 @@ def list_files(source: Source) -> list[InputFile]:
     """
     if source.source == "stdlib":
         return [input_file(path) for path in _standard_library_paths()]
+    if source.source == "huggingface":
+        return list_shards(source)
     assert source.path is not None, f"rules.py must refuse data.source={source.source} without source.path"
     paths = _matching_paths(source.path)
     if source.source == "megatron":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import BinaryIO
 
 from distllm.data.sources.documents import (
@@ -14,18 +13,14 @@ from distllm.data.sources.documents import (
     too_long,
     unreadable,
 )
+from distllm.data.sources.packed import READ_ERRORS, open_unpacked
 
-PACKED = (".gz", ".zst", ".xz", ".bz2")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PIECE_BYTES = 1 << 20
 
 # A byte of text takes at most six in JSON (\u0041). What a line holds beside the text comes on top.
 ESCAPED_BYTES = 6
 OTHER_FIELDS_BYTES = 1 << 20
-
-
-def is_packed(path: str) -> bool:
-    return Path(path).suffix.lower() in PACKED
 
 
 def read(
@@ -42,7 +37,7 @@ def read(
         -1 if max_document_bytes is None else ESCAPED_BYTES * max_document_bytes + OTHER_FIELDS_BYTES
     )
     try:
-        with open(path, "rb", buffering=PIECE_BYTES) as stream:
+        with open_unpacked(path) as stream:
             position = _first_line(stream, start, stop) if start else 0
             while stop is None or position < stop:
                 line = stream.readline(longest_line)
@@ -56,7 +51,7 @@ def read(
                 elif (result := _parse(line, file, row, text_field, max_document_bytes)) is not None:
                     yield result
                 row += 1
-    except OSError as error:
+    except READ_ERRORS as error:
         yield unreadable(file, error, f"after line {row}")
     return row
 

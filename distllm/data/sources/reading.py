@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distllm.config.data_schema import Source
-from distllm.data.sources import jsonl, text
+from distllm.data.sources import huggingface, jsonl, tables, text
 from distllm.data.sources.documents import Document, InputFile, Rejected, Rows, Unit, UnitEnd
 
 
@@ -19,21 +19,24 @@ def read_unit(
     """
     num_rows = 0
     for file in range(unit.first_file, unit.end_file):
-        num_rows += yield from _read_file(source, files[file], file, unit, max_document_bytes)
+        num_rows += yield from _read_file(source, files, file, unit, max_document_bytes)
     yield UnitEnd(num_rows)
 
 
-def _read_file(
-    source: Source, input_file: InputFile, file: int, unit: Unit, max_document_bytes: int | None
-) -> Rows:
+def _read_file(source: Source, files: list[InputFile], file: int, unit: Unit, limit: int | None) -> Rows:
+    path = files[file].path
     match source.source:
         case "text":
-            return text.read(input_file.path, file, max_document_bytes)
+            return text.read(path, file, limit)
         case "stdlib":
             # A few of the library's own test files are broken on purpose or declare another encoding.
-            return text.read(input_file.path, file, max_document_bytes, errors="replace")
+            return text.read(path, file, limit, errors="replace")
         case "jsonl":
-            return jsonl.read(
-                input_file.path, file, source.text_field, max_document_bytes, unit.start, unit.stop
+            return jsonl.read(path, file, source.text_field, limit, unit.start, unit.stop)
+        case "parquet" | "arrow":
+            return tables.read_table(
+                path, source.source, file, source.text_field, limit, unit.start, unit.stop
             )
+        case "huggingface":
+            return huggingface.read_shard(source, file, len(files), unit.start, unit.stop, limit)
     raise AssertionError(f"no reader of {source.source}")
