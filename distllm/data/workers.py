@@ -80,7 +80,7 @@ def _make_in_workers(
             num_before, remaining = len(remaining), work.missing(remaining)
             num_deaths = 1 if len(remaining) < num_before else num_deaths + 1
             if num_deaths == MOST_DEATHS:
-                rule = f"{num_deaths} workers were killed, one after another; the system may lack memory"
+                rule = f"{num_deaths} workers have died, one after another; the system may lack memory"
                 raise user_error(
                     "preparation.workers", num_workers, rule, "fewer of them; what is done is kept"
                 ) from None
@@ -93,6 +93,7 @@ def _run_pool(
     work: Work, indices: list[int], num_workers: int, counters: Counters, progress: Progress
 ) -> None:
     """BrokenProcessPool: a worker was killed. The executor ends the others then."""
+    counters.stop.value = 0
     # Not by fork: this process may have threads, of torch among others, that hold locks.
     pool = ProcessPoolExecutor(
         num_workers, get_context("spawn"), initializer=_start, initargs=(work, counters, os.getpid())

@@ -44,7 +44,7 @@ def run(request: Request) -> int:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Tokens in all, without training a tokenizer. User errors: a finished tokenizer that `train` refuses."""
     if tokenizer.path is not None:
-        from distllm.data.prepare import check_finished
+        from distllm.data.tokenizer_preparation import check_finished
         from distllm.data.tokenizer import TextTokenizer
 
         folder = Path(tokenizer.path).expanduser()

@@ -49,11 +49,28 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     assert stream.tokens.tolist() == [*range(7), 0, 1]
 
 
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_the_bytes_are_those_of_megatrons_builder(
+    tmp_path: Path, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    monkeypatch.setattr("distllm.data.indexed.ITEMS_PER_SLICE", 3)  # of which there are several then
+    for documents in ([], DOCUMENTS, DOCUMENTS * 2, [[2]] * 9):
+        builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=DType.optimal_dtype(vocab_size))
+        for document in documents:
+            builder.add_document(np.array(document), [len(document)])
+        builder.finalize(str(tmp_path / "m.idx"))
+        write(tmp_path / "x", vocab_size, documents)
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / f"x{suffix}").read_bytes() == (tmp_path / f"m{suffix}").read_bytes()
+
+
 def test_digest_follows_the_tokens_not_their_width(tmp_path: Path) -> None:
     narrow, wide = write(tmp_path / "narrow", 300), write(tmp_path / "wide", 70_000)
-    assert narrow.digest.hexdigest() == wide.digest.hexdigest()
+    assert narrow.sums.digest.hexdigest() == wide.sums.digest.hexdigest()
     other = write(tmp_path / "other", 300, [*DOCUMENTS[:-1], [298, 2]])
-    assert other.digest.hexdigest() != narrow.digest.hexdigest()
+    assert other.sums.digest.hexdigest() != narrow.sums.digest.hexdigest()
 
 
 def test_no_documents(tmp_path: Path) -> None:
