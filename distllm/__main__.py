@@ -22,6 +22,7 @@ VERBS = {
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files; again resumes"),
+    "trace": ("distllm.verbs.trace", "say what data went into a step; prove that each sequence came once"),
     "report": ("distllm.verbs.report", "say what became of a run's time"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
     "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
@@ -31,7 +32,7 @@ VERBS = {
 # Their `run` takes the request: it says more than its config, or has an answer where the config is refused.
 RUN_ON_REQUEST = ("check", "checkpoint")
 # Their `run` takes the config and the request, whose action and arguments it needs.
-RUN_WITH_REQUEST = ("data",)
+RUN_WITH_REQUEST = ("data", "trace")
 EXIT_INTERRUPTED = 130
 
 HELP = f"""distllm {__version__}: distributed LLM pretraining.

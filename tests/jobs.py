@@ -86,12 +86,18 @@ def finish(engine: Engine) -> None:
     destroy_groups()
 
 
-def train(engine: Engine, config: Config, steps: int, learning_rate: float | None = None) -> Trace:
-    """`steps` updates at a constant learning rate."""
+def train(
+    engine: Engine,
+    config: Config,
+    steps: int,
+    learning_rate: float | None = None,
+    batch_of: Callable[[int, Config, Groups], list[Microbatch]] = microbatches,
+) -> Trace:
+    """`steps` updates at a constant learning rate. batch_of: a rank's microbatches of a step."""
     results: list[StepResult] = []
     gradients: dict[str, torch.Tensor] = {}
     for step in range(steps):
-        batch = microbatches(step, config, engine.groups)
+        batch = batch_of(step, config, engine.groups)
         with captured_gradients(engine) as captured:
             results.append(engine.train_step(batch, learning_rate or config.optimizer.lr))
         gradients = gradients or _put_together(captured)

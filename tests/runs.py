@@ -83,10 +83,10 @@ def record_samples() -> None:
     import importlib
 
     loop: Any = importlib.import_module("distllm.trainer.loop")
-    load_microbatches = loop.load_microbatches
+    train_step = loop.train_step
 
-    def recording(job: Any, state: Any) -> Any:
-        microbatches = load_microbatches(job, state)
+    def recording(job: Any, state: Any, allowed: Any) -> Any:
+        microbatches = job.feed.microbatches(state)
         here = job.groups.coordinates
         if here.tensor == 0 and here.pipeline == 0:
             hashes = [
@@ -97,9 +97,9 @@ def record_samples() -> None:
             file = Path(os.environ[SAMPLES], f"{here.data}.jsonl")
             with open(file, "a") as stream:
                 stream.write(json.dumps([state.step, hashes]) + "\n")
-        return microbatches
+        return train_step(job, state, allowed)
 
-    loop.load_microbatches = recording
+    loop.train_step = recording
 
 
 def recorded_samples(folders: list[Path]) -> dict[int, list[str]]:

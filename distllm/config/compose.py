@@ -43,7 +43,11 @@ ACTIONS: dict[str, tuple[str | None, ...]] = {
     "data": (None, "merge"),
 }
 # What is asked of one call of a verb and is no setting of the job: written NAME=VALUE like an override.
-BARE_ARGUMENTS: dict[str, tuple[str, ...]] = {"check": ("world_size",), "data": ("shard",)}
+BARE_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "check": ("world_size",),
+    "data": ("shard",),
+    "trace": ("step", "steps", "verify"),
+}
 GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 
 

@@ -94,6 +94,10 @@ class Data:
             )
         }
 
+    def setting(self, source: str, field: str) -> str:
+        """What users call a field of a source."""
+        return f"data.sources.{source}.{field}" if self.source == "mixture" else f"data.{field}"
+
     def weights_at(self, step: int) -> dict[str, float]:
         """Weights of the sources in the update that follows `step` updates; in no particular unit."""
         weights = {name: source.weight for name, source in self.named_sources.items()}

@@ -20,6 +20,7 @@ from distllm.config.data_schema import (
     Preparation,
     Sequences,
 )
+from distllm.config.data_schema import Source as Source  # part of `Data`
 
 # For `dataclasses.replace`, which knows fields by name; what users write is read by alias only (validate.py).
 BY_NAME_TOO = ConfigDict(**STRICT, validate_by_alias=True, validate_by_name=True)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distllm.config import schema
 from distllm.config.data_schema import Source
 from distllm.data.indexed import ITEMS_PER_SLICE, TokenSums
@@ -43,8 +41,8 @@ def describe_pair(
     progress = _Progress(stream.num_tokens, report)
     splits, digests = {}, []
     for name, (first, end) in documents.items():
-        start, stop = (int(stream.document_offsets[document]) for document in (first, end))
-        sums = _sums(stream.tokens[start:stop], progress)
+        start, stop = (int(stream.offsets(document, 1)[0]) for document in (first, end))
+        sums = _sums(stream, start, stop, progress)
         splits[name] = Split(prefix, end - first, sums.num_tokens, None, sums.max_token, first, start)
         digests.append(sums.digest.hexdigest())
     token_files = describe(prefix.parent, (f"{prefix}.bin", f"{prefix}.idx"))
@@ -61,10 +59,10 @@ def _num_held_out(num_documents: int, validation_fraction: float) -> int:
     return min(max(1, round(num_documents * validation_fraction)), num_documents - 1)
 
 
-def _sums(tokens: np.ndarray, progress: _Progress) -> TokenSums:
+def _sums(stream: TokenStream, start: int, stop: int, progress: _Progress) -> TokenSums:
     sums = TokenSums()
-    for start in range(0, len(tokens), ITEMS_PER_SLICE):
-        part = tokens[start : start + ITEMS_PER_SLICE]
+    for first in range(start, stop, ITEMS_PER_SLICE):
+        part = stream.read(first, min(first + ITEMS_PER_SLICE, stop))
         sums.add(part)
         progress.advance(len(part))
     return sums

@@ -6,11 +6,27 @@ again to whatever falls outside of the range (cycle walking; Black & Rogaway 200
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import xxhash
 
 NUM_ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15
 MASK_64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the order of one source's sequences hangs on: the job's seed and the source's name."""
+
+    seed: int
+    name: str
+    shuffle: bool = True
+
+    def key(self, epoch: int) -> int:
+        """A hash of seed, name and epoch (both numbers below 2**32)."""
+        return xxhash.xxh3_64_intdigest(self.name.encode(), seed=(self.seed << 32 | epoch) & MASK_64)
 
 
 def permuted_index(position: int, size: int, key: int) -> int:
@@ -30,27 +46,17 @@ def permuted_indices(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def sequence_number(sample: int, num_sequences: int, seed: int) -> tuple[int, int]:
-    """(epoch, sequence) of a global sample; every epoch visits all sequences in an order of its own."""
-    epoch, position = divmod(sample, num_sequences)
-    return epoch, permuted_index(position, num_sequences, epoch_key(seed, epoch))
-
-
-def sequence_numbers(first: int, count: int, num_sequences: int, seed: int) -> np.ndarray:
-    """int64 [count]: the sequences of the global samples first to first + count - 1."""
-    samples = np.arange(first, first + count, dtype=np.int64)
-    epochs, positions = np.divmod(samples, num_sequences)
-    sequences = np.empty(count, dtype=np.int64)
+def sequence_numbers(
+    epochs: np.ndarray, positions: np.ndarray, num_sequences: int, order: Order
+) -> np.ndarray:
+    """int64 [n]: which sequence stands at each position of each epoch; every epoch visits all of them."""
+    if not order.shuffle:
+        return positions
+    sequences = np.empty_like(positions)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        key = epoch_key(seed, int(epoch))
-        sequences[chosen] = permuted_indices(positions[chosen], num_sequences, key)
+        sequences[chosen] = permuted_indices(positions[chosen], num_sequences, order.key(int(epoch)))
     return sequences
-
-
-def epoch_key(seed: int, epoch: int) -> int:
-    """64 bits that differ between all seeds below 2**32 and epochs below 2**32."""
-    return int(_mix(np.array([(seed << 32 | epoch) & MASK_64], dtype=np.uint64))[0])
 
 
 def _feistel(values: np.ndarray, half_bits: int, key: int) -> np.ndarray:

@@ -40,7 +40,8 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the tokens of the global batch, in nats. grad_norm: global, before clipping.
+    """loss: mean over the labels of the global batch, by their weights, in nats. grad_norm: global, before
+    clipping.
 
     is_applied: whether the optimizer has moved. All three are equal on all ranks. wants_stop: whether any
     rank was asked to stop.
@@ -111,10 +112,13 @@ class Engine(ABC):
         dist.all_reduce(sums, group=self.groups.data)
         return sums
 
-    def logits(self, tokens: Tensor, vocab_size: int) -> Tensor:
-        """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks."""
+    def logits(self, tokens: Tensor, vocab_size: int, document_starts: Tensor | None = None) -> Tensor:
+        """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks.
+
+        document_starts: [num_documents + 1] in [batch * seq], as in Microbatch.
+        """
         self._set_training(False)
-        logits = all_logits(self.chunks, tokens, self.groups, vocab_size)
+        logits = all_logits(self.chunks, tokens, self.groups, vocab_size, document_starts)
         self._set_training(True)
         return logits
 

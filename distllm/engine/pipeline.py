@@ -7,7 +7,7 @@ with them it is 1F1B, with several chunks per stage interleaved 1F1B.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ class Microbatch:
     """Sequences of one forward pass on one rank.
 
     tokens: [micro_batch, seq + 1] integers; inputs are all but the last, labels all but the first.
-    weights: [micro_batch, seq] of each label in sums over tokens; None means all count.
+    weights: [micro_batch, seq] of each label in sums over tokens, not below 0; None means all count.
+    document_starts: [num_documents + 1] int32 on the device of the tokens, rising from 0 to micro_batch *
+    seq: where documents begin in the inputs, sequence after sequence. Attention and positions start anew in
+    each. Every sequence begins one. None means that a sequence is one document.
     """
 
     tokens: Tensor
     weights: Tensor | None = None
+    document_starts: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -40,19 +44,35 @@ class Microbatch:
 
     @property
     def positions(self) -> Tensor:
+        """[micro_batch, seq], for learned embeddings.
+
+        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good,
+        up to rounding: scores depend on differences of positions, equal inside a document.
+        """
         batch, seq = self.tokens.size(0), self.tokens.size(1) - 1
-        return torch.arange(seq, device=self.tokens.device).expand(batch, seq)
+        if self.document_starts is None:
+            return torch.arange(seq, device=self.tokens.device).expand(batch, seq)
+        starts = self.document_starts.long()
+        flat = torch.arange(batch * seq, device=self.tokens.device)
+        document = torch.searchsorted(starts, flat, right=True) - 1
+        return (flat - starts[document]).view(batch, seq)
 
 
 def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups) -> Tensor:
     """Forward and backward over all microbatches; gradients are those of the mean loss over them.
 
-    Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss in nats
-    over this data-parallel rank's microbatches, on every stage.
-    """
+    With weights it is sum(weight * loss) / sum(weight) over the global batch, whose mean over the
+    data-parallel ranks is taken elsewhere. Where all weights are 0, loss and gradients are 0 (and the update
+    is by decay and momentum only). Either all microbatches of all ranks have weights or none.
 
-    def mean(losses: Tensor, _: Microbatch) -> tuple[Tensor, Tensor]:
-        loss = losses.mean()
+    Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss in nats
+    over this data-parallel rank's microbatches (with weights: its part, such that the mean over the ranks is
+    the loss), on every stage.
+    """
+    microbatches = _normalize_weights(microbatches, groups)
+
+    def mean(losses: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        loss = losses.mean() if batch.weights is None else (losses * batch.weights).sum()
         return loss, loss.detach().clone()  # Megatron divides the first in place
 
     losses = _run(_loss_step(mean), chunks, microbatches, groups, forward_only=False)
@@ -60,6 +80,19 @@ def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], 
         torch.stack(losses).mean() if losses else microbatches[0].tokens.new_zeros((), dtype=torch.float32)
     )
     return from_last_stage(mean_loss, groups)
+
+
+def _normalize_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
+    """Weights whose sums, in the mean over microbatches and data-parallel ranks, are 1 for the global batch;
+    all 0 if they were. Waits for no device."""
+    weights = [batch.weights for batch in microbatches if batch.weights is not None]
+    if not weights:
+        return microbatches
+    assert len(weights) == len(microbatches), "only some microbatches have weights"
+    total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
+    dist.all_reduce(total, group=groups.data)
+    scale = torch.where(total > 0, len(microbatches) * groups.grid.data / total, 0.0).float()
+    return [replace(batch, weights=w.float() * scale) for batch, w in zip(microbatches, weights, strict=True)]
 
 
 @torch.no_grad()
@@ -72,7 +105,7 @@ def loss_sums(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], g
         return losses.mean(), both
 
     missing = _least_number_of_microbatches(groups) - len(microbatches)
-    nothing = Microbatch(microbatches[-1].tokens, torch.zeros_like(microbatches[-1].labels))
+    nothing = replace(microbatches[-1], weights=torch.zeros_like(microbatches[-1].labels))
     padded = [*microbatches, *(nothing for _ in range(missing))]
     results = _run(_loss_step(sums), chunks, padded, groups, forward_only=True)
     total = (
@@ -82,19 +115,31 @@ def loss_sums(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], g
 
 
 @torch.no_grad()
-def all_logits(chunks: Sequence[nn.Module], tokens: Tensor, groups: Groups, vocab_size: int) -> Tensor:
-    """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks."""
+def all_logits(
+    chunks: Sequence[nn.Module],
+    tokens: Tensor,
+    groups: Groups,
+    vocab_size: int,
+    document_starts: Tensor | None = None,
+) -> Tensor:
+    """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks.
+
+    document_starts: [num_documents + 1] in [batch * seq], as in Microbatch.
+    """
     batch, seq = tokens.shape
     # Sequence parallelism cuts the sequence evenly; what is appended is in the future of every real token.
     padding = -seq % groups.grid.tensor
     padded = torch.nn.functional.pad(tokens, (0, padding + 1))  # and one label that nothing reads
+    if document_starts is not None:
+        document_starts = document_starts + document_starts // seq * padding  # of the sequences before
 
     def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         microbatch = next(iterator)
-        output = chunk(microbatch.inputs, microbatch.positions, None)
+        output = chunk(microbatch.inputs, microbatch.positions, microbatch.document_starts)
         return output, lambda logits: (logits.float().mean(), logits.float())
 
-    microbatches = [Microbatch(padded)] * _least_number_of_microbatches(groups)
+    microbatch = Microbatch(padded, document_starts=document_starts)
+    microbatches = [microbatch] * _least_number_of_microbatches(groups)
     results = _run(forward_step, chunks, microbatches, groups, forward_only=True)
     if results:
         parts = [torch.empty_like(results[0]) for _ in range(groups.grid.tensor)]
@@ -118,7 +163,7 @@ def _loss_step(reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]]) ->
 
     def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(iterator)
-        output = chunk(batch.inputs, batch.positions, None, labels=batch.labels)
+        output = chunk(batch.inputs, batch.positions, batch.document_starts, labels=batch.labels)
         return output, lambda losses: reduce(losses, batch)
 
     return forward_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Mapping
 
 Row = dict[str, float | int]
 
@@ -15,6 +16,7 @@ def training_row(
     grad_norm: float,
     learning_rate: float,
     consumed_samples: int,
+    consumed_by_source: Mapping[str, int],
     step_seconds: float,
     global_batch_size: int,
     seq_length: int,
@@ -25,7 +27,7 @@ def training_row(
     """The row of one optimizer update.
 
     step: 1 after the first update. loss: nats per token, mean over the global batch. consumed_samples: of the
-    whole run, this step included.
+    whole run, this step included. consumed_by_source: the same, of each source of a mixture.
     step_seconds: wall-clock time of the whole step. global_batch_size: sequences of seq_length tokens.
     flops_per_token: forward and backward, over the whole model. peak_flops: per second, over all devices;
     None when unknown, and then there is no `mfu`. peak_memory_bytes: of the fullest rank.
@@ -42,6 +44,9 @@ def training_row(
         "step_seconds": float(step_seconds),
         "tokens_per_second": tokens_per_second,
     }
+    if len(consumed_by_source) > 1:
+        for name, samples in consumed_by_source.items():
+            row[f"consumed_tokens/{name}"] = samples * seq_length
     if peak_flops is not None:
         row["mfu"] = flops_per_token * tokens_per_second / peak_flops
     if peak_memory_bytes is not None:

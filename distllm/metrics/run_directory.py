@@ -35,6 +35,7 @@ class RunDirectory:
         self.status_path = path / "status.json"
         self.events_path = path / "events.jsonl"
         self.checkpoints_path = path / "checkpoints"
+        self.ledger_path = path / "ledger" / "ledger.json"
         if create:
             _create_writable(path)
 

@@ -1,14 +1,21 @@
-"""Causal attention through `scaled_dot_product_attention`, as the core of Megatron Core's SelfAttention.
+"""Causal attention, over whole sequences or inside documents, as the core of Megatron Core's SelfAttention.
 
-On a GPU this is FlashAttention or cuDNN, on a CPU the blocked kernel; neither holds the score matrix.
+On a GPU this is FlashAttention or cuDNN, on a CPU the blocked kernel; none holds the score matrix, nor a mask
+of its shape.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+# Where it has this argument (not in torch 2.11), it refuses grouped queries without it.
+VARLEN_TAKES_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class CausalAttention(nn.Module):
@@ -26,16 +33,80 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
         """query: [seq, batch, heads/tp, head_dim]; key, value: [seq, batch, groups/tp, head_dim].
 
-        Returns [seq, batch, heads/tp * head_dim].
+        attention_mask: none, or where documents begin, [num_documents + 1] integers: see
+        attention_in_documents. Returns [seq, batch, heads/tp * head_dim].
         """
-        assert attention_mask is None, "attention is causal; a mask would be silently ignored"
         seq, batch, heads, head_dim = query.shape
-        # [seq, batch, heads, head_dim] -> [batch, heads, seq, head_dim]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=k.size(1) != heads
-        )
-        return context.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
+        if attention_mask is None:
+            # [seq, batch, heads, head_dim] -> [batch, heads, seq, head_dim]
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            context = causal_attention(q, k, v, self.softmax_scale)
+            return context.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
+        # [seq, batch, heads, head_dim] -> [batch * seq, heads, head_dim]; a view where batch is 1
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        context = attention_in_documents(q, k, v, attention_mask, seq, self.softmax_scale)
+        return context.reshape(batch, seq, heads * head_dim).transpose(0, 1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """query: [batch, heads, seq, head_dim]; key, value: [batch, groups, seq, head_dim]."""
+    is_grouped = key.size(1) != query.size(1)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
+    )
+
+
+def attention_in_documents(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    """Causal attention inside each document. query: [tokens, heads, head_dim]; key, value: [tokens, groups,
+    head_dim]; starts: [num_documents + 1] int32, from 0 to tokens.
+
+    longest: no document has more tokens. A bound is enough, so that nothing waits for the device to say more.
+    """
+    if not has_varlen_kernel(query):
+        return attention_by_document(query, key, value, starts, scale)
+    grouped: dict[str, Any] = {"enable_gqa": True} if VARLEN_TAKES_ENABLE_GQA else {}
+    context = varlen_attn(
+        query,
+        key,
+        value,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # all before, nothing after: causal
+        **grouped,
+    )
+    assert isinstance(context, Tensor), "nothing else was asked for"
+    return context
+
+
+def has_varlen_kernel(query: Tensor) -> bool:
+    """Whether FlashAttention takes these heads: half precision on a GPU from Ampere on."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.size(-1) % 8 == 0
+        and query.size(-1) <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def attention_by_document(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None
+) -> Tensor:
+    """The same, one kernel call per document. The host needs their lengths: on a GPU it waits for them."""
+    lengths = starts.diff().tolist()
+    contexts = []
+    # Not slices: the backward pass of each would fill a gradient of all tokens; that of `split` is one copy.
+    for document in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in document)  # [1, heads, length, head_dim]
+        contexts.append(causal_attention(q, k, v, scale)[0].transpose(0, 1))
+    return torch.cat(contexts)

@@ -30,9 +30,10 @@ class BuiltModel:
 def build_model(config: Config, vocab_size: int, groups: Groups, device: torch.device) -> BuiltModel:
     """Build this rank's part of the model on `device` and give it its initial weights.
 
-    A chunk takes tokens and positions, both [batch, seq], and a mask that must be None. The last chunk
-    returns the loss of every token, [batch, seq] in fp32, where labels are given, else logits, [batch, seq,
-    padded_vocab/tp]; other chunks return activations, [seq (/tp), batch, hidden].
+    A chunk takes tokens and positions, both [batch, seq], and where documents begin in them, [num_documents +
+    1] int32, or None: attention then stays inside documents, not sequences. The last chunk returns the loss
+    of every token, [batch, seq] in fp32, where labels are given, else logits, [batch, seq, padded_vocab/tp];
+    other chunks return activations, [seq (/tp), batch, hidden].
     """
     # Megatron Core wants its random states to exist, even where nothing is drawn from them.
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)

@@ -49,8 +49,9 @@ def flops_per_token(model: Model, vocab_size: int) -> float:
     """Floating-point operations of forward and backward pass for one token.
 
     6 per parameter that multiplies (embedding look-ups do not, a tied output projection does) and
-    12 * layers * heads * head_dim * seq for the attention scores, not halved for the causal mask: the
-    convention of PaLM (arXiv:2204.02311, appendix B), in which most figures are published.
+    12 * layers * heads * head_dim * seq for the attention scores, not halved for the causal mask, nor less
+    where attention stays inside documents: the convention of PaLM (arXiv:2204.02311, appendix B), in which
+    most figures are published.
     """
     count = count_parameters(model, vocab_size)
     multiplying = count.layers + vocab_size * model.hidden_size

@@ -17,6 +17,8 @@ def layer_elements_per_token(model: Model, tensor: int = 1, sequence: bool = Fal
     What lies between the column- and the row-parallel projections is cut by tensor parallelism, what lies
     outside by sequence parallelism only. Recomputing the attention core (`selective`) changes nothing: its
     inputs and its output are kept by its neighbours anyway, and the kernel's own part is 1 fp32 per head.
+    Nor does attention inside documents, which makes no mask; but on a CPU, which runs them one by one, the
+    context is kept twice.
     """
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     queries = model.num_attention_heads * model.resolved_head_dim

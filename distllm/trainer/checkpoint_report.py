@@ -117,10 +117,12 @@ def _data(details: Mapping[str, Any]) -> str:
     data = details.get("data")
     if data is None:
         return "has seen none of our data"
-    return (
-        f"next sample {details['state']['next_sample']:,}, of {data['num_train_tokens']:,} training tokens "
-        f"with the fingerprint {data['fingerprint']}"
+    tokens = {name: source["train"]["num_tokens"] for name, source in data["sources"].items()}
+    listed = ", ".join(
+        f"{name} {count:,} with the fingerprint {data['sources'][name]['fingerprint']}"
+        for name, count in tokens.items()
     )
+    return f"next sample {details['state']['next_sample']:,}; training tokens: {listed}"
 
 
 def difference_text(old: Manifest, new: Manifest, old_name: str) -> str:

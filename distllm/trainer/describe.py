@@ -43,7 +43,7 @@ def describe_start(config: Config, prepared: PreparedData, grid: Grid, start: St
             micro_batch_size=train.micro_batch_size,
             steps=train.steps,
             resume_step=start.state.step,
-            training_tokens=prepared.train.num_tokens,
+            training_tokens=sum(source.train.num_tokens for source in prepared.sources.values()),
             memory_bytes_per_rank=estimate_memory(config, prepared.vocab_size, grid.data),
             resumed_from=start.path,
         )

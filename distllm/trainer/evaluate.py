@@ -3,78 +3,101 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from distllm.config.schema import Config
-from distllm.data.loader import Batches
 from distllm.data.prepared import PreparedData
+from distllm.data.sequences import Samples, Sequences
 from distllm.data.tokenizer import TextTokenizer
 from distllm.engine.engine import Engine
 from distllm.engine.pipeline import Microbatch
 from distllm.metrics.meter import Row, gzip_bits_per_byte, validation_row
+from distllm.trainer.feed import to_microbatch
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The held-out sequences: the first `num_sequences` of the validation split, in its order.
+    """The held-out sequences: of each source the first `counts[name]` of its validation split, in its order.
 
     num_bytes: text that their labels stand for. gzip_bits_per_byte: what `gzip -9` makes of that text.
     """
 
-    batches: Batches
-    num_sequences: int
+    sequences: Mapping[str, Sequences]
+    counts: Mapping[str, int]
     num_bytes: int
     gzip_bits_per_byte: float | None
     micro_batch_size: int
 
 
-def create_validation(config: Config, prepared: PreparedData) -> Validation | None:
-    """None where the job never validates."""
-    if prepared.validation is None or config.train.validation_interval == 0:
+def create_validation(
+    config: Config, prepared: PreparedData, sequences: Mapping[str, Sequences]
+) -> Validation | None:
+    """sequences: of the validation split of each source that has one; None where there is none."""
+    if not sequences:
         return None
-    batches = Batches(prepared.validation, config.model.seq_length, config.train.seed, shuffle=False)
-    num_sequences = min(config.train.validation_sequences, batches.num_sequences)
+    counts = share_out(config.train.validation_sequences, config.data.weights_at(0), sequences)
     tokenizer = TextTokenizer.load(prepared.tokenizer_folder, config.tokenizer.end_of_document)
-    labels = batches.samples(0, num_sequences)[:, 1:]
+    parts = [sequences[name].read(np.arange(count)) for name, count in counts.items()]
+    labels = np.concatenate([_labels(part) for part in parts])
     return Validation(
-        batches,
-        num_sequences,
+        sequences,
+        counts,
         num_bytes=int(tokenizer.token_byte_lengths()[labels].sum()),
-        gzip_bits_per_byte=gzip_bits_per_byte(tokenizer.decode_bytes(labels.ravel().tolist())),
+        gzip_bits_per_byte=gzip_bits_per_byte(tokenizer.decode_bytes(labels.tolist())),
         micro_batch_size=config.train.micro_batch_size,
     )
 
 
+def share_out(total: int, weights: Mapping[str, float], sequences: Mapping[str, Sequences]) -> dict[str, int]:
+    """How many sequences of each source validate: by weight, at least one, and no more than there are.
+
+    The shares stay as they are when the mixture changes: losses of one run are to be compared.
+    """
+    weight_sum = sum(weights[name] for name in sequences) or 1.0
+    shares = {name: round(total * weights[name] / weight_sum) for name in sequences}
+    return {name: min(max(share, 1), sequences[name].num_sequences) for name, share in shares.items()}
+
+
 def validate(engine: Engine, validation: Validation, step: int) -> Row:
     """The row of one validation, after `step` updates. Collective."""
-    sums = engine.evaluate(validation_microbatches(engine, validation))
-    nats, num_tokens = sums.tolist()
-    return validation_row(step, nats, round(num_tokens), validation.num_bytes)
+    sums = {
+        name: engine.evaluate(
+            validation_microbatches(engine, sequences, validation.counts[name], validation.micro_batch_size)
+        ).tolist()
+        for name, sequences in validation.sequences.items()
+    }
+    nats = sum(of_source[0] for of_source in sums.values())
+    num_tokens = sum(of_source[1] for of_source in sums.values())
+    row = validation_row(step, nats, round(num_tokens), validation.num_bytes)
+    if len(sums) > 1:
+        row |= {f"validation_loss/{name}": total / max(count, 1.0) for name, (total, count) in sums.items()}
+    return row
 
 
-def validation_microbatches(engine: Engine, validation: Validation) -> list[Microbatch]:
-    """This rank's share. All ranks run equally many microbatches, since their passes hold collectives; where
-    the sequences do not suffice, the last are padded with sequences of weight 0."""
+def validation_microbatches(
+    engine: Engine, sequences: Sequences, count: int, micro_batch_size: int
+) -> list[Microbatch]:
+    """This rank's share of the first `count` sequences. All ranks run equally many microbatches, since their
+    passes hold collectives; where the sequences do not suffice, the last are padded with some of weight 0."""
     dp_size, dp_rank = engine.groups.grid.data, engine.groups.coordinates.data
-    per_microbatch = validation.micro_batch_size
-    num_microbatches = math.ceil(validation.num_sequences / (per_microbatch * dp_size))
-    device = engine.device
     microbatches = []
-    for microbatch in range(num_microbatches):
-        first = (microbatch * dp_size + dp_rank) * per_microbatch
-        numbers = np.arange(first, first + per_microbatch)
-        counts = torch.from_numpy((numbers < validation.num_sequences).astype(np.float32)).to(device)
+    for microbatch in range(math.ceil(count / (micro_batch_size * dp_size))):
+        first = (microbatch * dp_size + dp_rank) * micro_batch_size
+        numbers = np.arange(first, first + micro_batch_size)
         # Beyond the end any sequence will do: its weight is 0.
-        tokens = np.concatenate(
-            [validation.batches.samples(min(n, validation.num_sequences - 1), 1) for n in numbers.tolist()]
-        )
-        microbatches.append(
-            Microbatch(
-                torch.from_numpy(tokens).to(device),
-                weights=counts[:, None].expand(-1, validation.batches.seq_length),
-            )
-        )
+        samples = sequences.read(np.minimum(numbers, count - 1))
+        weights = np.ones((len(numbers), sequences.seq_length), np.float32)
+        if samples.weights is not None:
+            weights = samples.weights.copy()
+        weights[numbers >= count] = 0
+        microbatches.append(to_microbatch(replace(samples, weights=weights), engine.device))
     return microbatches
+
+
+def _labels(samples: Samples) -> np.ndarray:
+    """int64 [n]: the tokens that count as labels."""
+    labels = samples.tokens[:, 1:]
+    return labels.ravel() if samples.weights is None else labels[samples.weights > 0]

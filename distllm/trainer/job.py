@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distllm.config.schema import Config
-from distllm.data.loader import Batches
+from distllm.data.loader import StepShape
 from distllm.data.prepared import PreparedData
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
@@ -17,7 +17,9 @@ from distllm.runtime.devices import peak_flops
 from distllm.runtime.dist import Runtime
 from distllm.runtime.signals import StopRequest
 from distllm.trainer.evaluate import Validation, create_validation
+from distllm.trainer.feed import Feed, OpenedData
 from distllm.trainer.inject import Injector
+from distllm.trainer.ledger import LedgerFile
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.resume import Start, restore
 from distllm.trainer.saving import Checkpoints
@@ -36,7 +38,9 @@ class Job:
     runtime: Runtime
     groups: Groups
     prepared: PreparedData
-    batches: Batches
+    data: OpenedData
+    feed: Feed
+    ledger: LedgerFile
     validation: Validation | None
     engine: Engine
     reporter: Reporter
@@ -49,42 +53,41 @@ class Job:
     peak_flops: float | None
 
 
-def refuse_short_data(config: Config, prepared: PreparedData) -> None:
-    """A user error unless each split holds a sequence: before the run directory tells of a start."""
-    validates = prepared.validation is not None and config.train.validation_interval > 0
-    for split in (prepared.train, prepared.validation if validates else None):
-        if split is not None:
-            Batches(split, config.model.seq_length, config.train.seed)
-
-
 def build_job(
     config: Config,
     runtime: Runtime,
     groups: Groups,
     prepared: PreparedData,
+    data: OpenedData,
     start: Start,
     reporter: Reporter,
     stop_request: StopRequest,
     activity: Activity,
 ) -> Job:
     """Build all parts and load the checkpoint that `start` names. Collective."""
-    batches = Batches(prepared.train, config.model.seq_length, config.train.seed)
-    validation = create_validation(config, prepared)
+    train = config.train
+    shape = StepShape(train.global_batch_size, train.micro_batch_size, groups.grid.data)
+    prefetch = config.sequences.prefetch
+    feed = Feed(data.training, shape, groups.coordinates.data, runtime.device, prefetch)
+    validation = create_validation(config, prepared, data.validation)
     built = build_model(config, prepared.vocab_size, groups, runtime.device)
     engine = create_engine(built.chunks, built.places, config, groups)
     if start.path is not None:
         restore(engine, start.path)
+    records = start.records | data.records
     device_peak = peak_flops(runtime.device, config.train.precision)
     return Job(
         config=config,
         runtime=runtime,
         groups=groups,
         prepared=prepared,
-        batches=batches,
+        data=data,
+        feed=feed,
+        ledger=LedgerFile(config, records, reporter),
         validation=validation,
         engine=engine,
         reporter=reporter,
-        checkpoints=Checkpoints(config, engine, prepared, reporter, start.state),
+        checkpoints=Checkpoints(config, engine, prepared, records, reporter, start.state),
         start=start.state,
         activity=activity,
         injector=Injector(config.fault.inject, runtime.rank),

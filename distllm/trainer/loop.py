@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from distllm.engine.engine import Limits, StepResult
-from distllm.engine.pipeline import Microbatch
 from distllm.engine.schedule import learning_rate
 from distllm.metrics.meter import Row, training_row
 from distllm.runtime.activity import Noted
@@ -22,13 +19,15 @@ from distllm.trainer.state import TrainState
 def fit(job: Job) -> TrainState:
     """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
     config, reporter = job.config, job.reporter
-    state = job.start.for_batch(config.train.global_batch_size)
+    state = job.start
     recovery = Recovery(job)
     reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
     job.checkpoints.warn_of_short_grace()
     wants_stop = False
     while state.step < config.train.steps and not wants_stop:
         job.stop_request.check_interrupt()
+        state = state.planned(config.train.global_batch_size, config.data.weights_at(state.step))
+        job.ledger.keep(state)
         began, allowed = time.perf_counter(), limits(state, config.fault)
         result = train_step(job, state, allowed)
         wants_stop = result.wants_stop
@@ -65,7 +64,7 @@ def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
     job.activity.begin("train", state.step, (samples.start, samples.stop))
     job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
     return job.engine.train_step(
-        Noted(load_microbatches(job, state), job.activity),
+        Noted(job.feed.microbatches(state), job.activity),
         rate_of(job, state),
         allowed,
         wants_stop=job.stop_request.reason is not None,
@@ -93,6 +92,7 @@ def make_row(job: Job, before: TrainState, state: TrainState, result: StepResult
         grad_norm=result.grad_norm,
         learning_rate=rate_of(job, before),
         consumed_samples=state.consumed_samples,
+        consumed_by_source=state.consumed_by_source(),
         step_seconds=seconds,
         global_batch_size=job.config.train.global_batch_size,
         seq_length=job.config.model.seq_length,
@@ -100,18 +100,6 @@ def make_row(job: Job, before: TrainState, state: TrainState, result: StepResult
         peak_flops=job.peak_flops,
         peak_memory_bytes=job.runtime.peak_memory_bytes(),
     )
-
-
-def load_microbatches(job: Job, state: TrainState) -> list[Microbatch]:
-    """This rank's part of the next global batch, on its device."""
-    arrays = job.batches.microbatches(
-        state.next_sample,
-        job.groups.coordinates.data,
-        global_batch_size=job.config.train.global_batch_size,
-        micro_batch_size=job.config.train.micro_batch_size,
-        dp_size=job.groups.grid.data,
-    )
-    return [Microbatch(torch.from_numpy(tokens).to(job.runtime.device)) for tokens in arrays]
 
 
 def is_due(done: int, interval: int, total: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +18,15 @@ from distllm.config.compose import to_plain
 from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
 from distllm.data.prepared import PreparedData
+from distllm.data.record import what_changed
 from distllm.engine.engine import Engine
 from distllm.metrics.run_directory import RunDirectory
 from distllm.runtime.dist import on_main_rank
+from distllm.trainer.feed import OpenedData, refuse_exhausted
 from distllm.trainer.state import TrainState
 
 # Which tokens come in which step hangs on the first; the weights hang on all of the model but the second.
-ORDER_SETTINGS = ("train.seed", "model.seq_length")
+ORDER_SETTINGS = ("train.seed", "model.seq_length", "sequences.packing")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 # How the run is watched and kept, which is nobody's concern at a resume.
 UNTOLD = ("run", "logging", "generate", "select", "export", "import", "fault.replanned")
@@ -32,31 +36,36 @@ UNTOLD = ("run", "logging", "generate", "select", "export", "import", "fault.rep
 class Start:
     """path: checkpoint to load, None for fresh weights. damaged: newer checkpoints that were passed over,
     each with what is wrong with it. finished: there is nothing left to do. changed: {setting: (as the
-    checkpoint was made, now)}."""
+    checkpoint was made, now)}. records: of the sources that the run has had so far (data/record.py)."""
 
     path: Path | None
     state: TrainState = TrainState()  # noqa: RUF009 - frozen
     damaged: tuple[str, ...] = ()
     finished: bool = False
     changed: Changes = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def find_start(config: Config, prepared: PreparedData) -> Start:
+def find_start(config: Config, prepared: PreparedData, data: OpenedData) -> Start:
     """Look into the run directory before anything expensive. Collective: all ranks share the verification."""
     run = RunDirectory(Path(config.run.dir), create=False)
     paths = on_main_rank(lambda: candidates(run.checkpoints_path, config.checkpoint))
     choice = choose(paths, find_damage_together)
     if choice.path is None:
+        refuse_exhausted(config, data.training, TrainState())
         return on_main_rank(lambda: _start_without_checkpoint(config, run))
     path = choice.path
     manifest = read_manifest(path)
-    _refuse_other_job(config, prepared, manifest, path)
+    refuse_other_job(config, prepared, data, manifest, path)
+    state = saved_state(manifest)
+    refuse_exhausted(config, data.training, state)
     return Start(
         path,
-        saved_state(manifest),
+        state,
         choice.damaged,
         finished=manifest.step >= config.train.steps,
         changed=changed_settings(manifest.details["config"], to_plain(config), without=UNTOLD),
+        records=(manifest.details["data"] or {}).get("sources", {}),
     )
 
 
@@ -114,16 +123,18 @@ def _start_without_checkpoint(config: Config, run: RunDirectory) -> Start:
     return Start(None, TrainState(done) if is_finished else TrainState(), finished=is_finished)
 
 
-def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest, path: Path) -> None:
+def refuse_other_job(
+    config: Config, prepared: PreparedData, data: OpenedData, manifest: Manifest, path: Path
+) -> None:
     """The order of the data must be as it was, else samples are lost or repeated; and so must the model.
 
     The model is compared by its settings, since nothing is built yet; `restore` compares every shape.
     """
     before, now = settings(manifest.details["config"]), settings(to_plain(config))
-    data = manifest.details["data"]
+    is_trained = manifest.details["data"] is not None  # not just imported
     problems = []
     for setting, value in before.items():
-        if setting in ORDER_SETTINGS and data is not None:
+        if setting in ORDER_SETTINGS and is_trained:
             reason = "the order of the data hangs on it"
         elif setting.startswith("model.") and setting not in FREE_MODEL_SETTINGS:
             reason = "the weights hang on it"
@@ -134,14 +145,34 @@ def _refuse_other_job(config: Config, prepared: PreparedData, manifest: Manifest
             problems.append(
                 Problem(setting, now.get(setting), rule, f"{setting}={value}, or another run.dir")
             )
-    if data is not None and data["fingerprint"] != prepared.fingerprint:
-        problems.append(
-            Problem(
-                "data",
-                f"fingerprint {prepared.fingerprint}",
-                f"the tokens must be those of {path.name}, fingerprint {data['fingerprint']}",
-                "restore the documents and the tokenizer, or take another run.dir",
-            )
-        )
+    if is_trained:
+        problems += _other_sources(config, prepared, data, manifest, path)
     if problems:
         raise UserError(problems)
+
+
+def _other_sources(
+    config: Config, prepared: PreparedData, data: OpenedData, manifest: Manifest, path: Path
+) -> Iterator[Problem]:
+    """Sources that are not what samples were drawn from. One that is new, or was not drawn from yet, may be
+    anything; one that is gone is no longer drawn from."""
+    before = manifest.details["data"]["sources"]
+    consumed = saved_state(manifest).consumed_by_source()
+    for name in (name for name in data.records if name in before and consumed.get(name)):
+        source, record = prepared.sources[name], before[name]
+        if record["fingerprint"] != source.fingerprint:
+            rule = f"its tokens must be those of {path.name}; what changed: {what_changed(record, source)}"
+            fix = "restore the documents and the tokenizer, give the new documents a source of their own, "
+            yield Problem(
+                f"data source {name}",
+                f"fingerprint {source.fingerprint}",
+                rule,
+                f"{fix}or take another run.dir",
+            )
+        shuffle, shuffle_before = data.records[name]["shuffle"], record["shuffle"]
+        if shuffle != shuffle_before:
+            rule = f"the order of source {name} hangs on it, and {path.name} was made with {str(shuffle_before).lower()}"
+            setting = config.data.setting(name, "shuffle")
+            yield Problem(
+                setting, shuffle, rule, f"{setting}={str(shuffle_before).lower()}, or another run.dir"
+            )

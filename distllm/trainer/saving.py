@@ -32,8 +32,15 @@ class Checkpoints:
     """Saves of one run: begins them, tells what became of them, and drops old ones."""
 
     def __init__(
-        self, config: Config, engine: Engine, prepared: PreparedData, reporter: Reporter, start: TrainState
+        self,
+        config: Config,
+        engine: Engine,
+        prepared: PreparedData,
+        records: Mapping[str, Mapping[str, Any]],
+        reporter: Reporter,
+        start: TrainState,
     ) -> None:
+        """records: of all sources that the run has drawn from (data/record.py)."""
         timeout = timedelta(seconds=config.checkpoint.timeout_seconds)
         self._saver = Saver(
             create_save_groups(engine.groups.grid, timeout), is_async=config.checkpoint.async_save
@@ -41,6 +48,7 @@ class Checkpoints:
         self._config = config
         self._engine = engine
         self._prepared = prepared
+        self._records = records
         self._reporter = reporter
         self._begun_step = start.step
         self._last_error: str | None = None
@@ -67,7 +75,9 @@ class Checkpoints:
         contents = Contents(
             state.step,
             self._engine.scalars(),
-            checkpoint_details(self._config, self._engine.groups.grid, self._prepared, state, reason),
+            checkpoint_details(
+                self._config, self._engine.groups.grid, self._prepared, self._records, state, reason
+            ),
             tokenizer_files(self._prepared.tokenizer_folder),
         )
         self._saver.save(path, self._engine.fragments(), contents, after=lambda: self._remove_old(path))
@@ -127,7 +137,12 @@ class Checkpoints:
 
 
 def checkpoint_details(
-    config: Config, grid: Grid, prepared: PreparedData, state: TrainState, reason: str
+    config: Config,
+    grid: Grid,
+    prepared: PreparedData,
+    records: Mapping[str, Mapping[str, Any]],
+    state: TrainState,
+    reason: str,
 ) -> dict[str, Any]:
     """What the manifest holds beside the tensors."""
     return {
@@ -135,10 +150,7 @@ def checkpoint_details(
         "time": utc_now(),
         "config": to_plain(config),
         "layout": {"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline},
-        "data": {
-            "fingerprint": prepared.fingerprint,
-            "num_train_tokens": prepared.train.num_tokens,
-        },
+        "data": {"sources": records},
         "state": state.to_plain(),
         "tokenizer": {"folder": TOKENIZER_FOLDER, "vocab_size": prepared.vocab_size},
         "versions": {"distllm": __version__} | {name: version(name) for name in LIBRARIES},

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from distllm.data.ledger import History, history_from_plain, phases, with_plan
+from distllm.data.mixture import counts_before
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """step: updates done. next_sample: global sample number with which the next step begins; the order of the
-    data is a function of it alone, so it is the whole state of the data.
+    """step: updates done. next_sample: global sample number with which the next step begins; with the history
+    it is the whole state of the data, whose order is a function of both.
 
     skipped: ranges [first, end) of samples that no update has seen or will see, in order.
     losses, grad_norms: of the last steps, newest last, for the bounds of the guard.
+    history: which samples came in which steps, and from which mixture.
     """
 
     step: int = 0
@@ -20,15 +25,36 @@ class TrainState:
     skipped: tuple[tuple[int, int], ...] = ()
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
+    history: History = ()
+
+    @property
+    def passed_by(self) -> list[tuple[int, int]]:
+        """The skipped ranges that lie behind."""
+        return [(first, end) for first, end in self.skipped if end <= self.next_sample]
 
     @property
     def consumed_samples(self) -> int:
         """Samples that updates have seen."""
-        return self.next_sample - sum(end - first for first, end in self.skipped if end <= self.next_sample)
+        return self.next_sample - sum(end - first for first, end in self.passed_by)
+
+    def consumed_by_source(self) -> dict[str, int]:
+        """Samples that updates have seen, of each source that the mixture has had so far."""
+        drawn_from = phases(self.history)
+        consumed = counts_before(self.next_sample, drawn_from)
+        for first, end in self.passed_by:
+            before, after = counts_before(first, drawn_from), counts_before(end, drawn_from)
+            consumed = {name: count - after[name] + before[name] for name, count in consumed.items()}
+        return consumed
 
     def samples(self, global_batch_size: int) -> range:
         """Of the next step."""
         return range(self.next_sample, self.next_sample + global_batch_size)
+
+    def planned(self, global_batch_size: int, weights: Mapping[str, float]) -> TrainState:
+        """The same, ready for a step of this size from this mixture, which goes on record."""
+        state = self.for_batch(global_batch_size)
+        history = with_plan(state.history, state.step, state.next_sample, global_batch_size, weights)
+        return replace(state, history=history)
 
     def after_step(self, global_batch_size: int, loss: float, grad_norm: float, window: int) -> TrainState:
         return replace(
@@ -70,4 +96,5 @@ class TrainState:
             skipped=tuple((first, end) for first, end in plain["skipped"]),
             losses=tuple(plain["losses"]),
             grad_norms=tuple(plain["grad_norms"]),
+            history=history_from_plain(plain["history"]),
         )

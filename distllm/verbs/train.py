@@ -22,8 +22,9 @@ from distllm.runtime.dist import Runtime
 from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
 from distllm.trainer.describe import describe_start, finish_outputs
+from distllm.trainer.feed import OpenedData, open_data
 from distllm.trainer.inject import parse
-from distllm.trainer.job import Job, build_job, refuse_short_data
+from distllm.trainer.job import Job, build_job
 from distllm.trainer.loop import fit
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
@@ -39,7 +40,7 @@ def run(config: Config) -> int:
     # Before the world exists: a long preparation is no hang. The ranks of a node take turns by a file lock.
     report = report_progress if dist.is_main() else lambda _: None
     prepared = prepare(config.data, config.preparation, config.tokenizer, report)
-    refuse_short_data(config, prepared)
+    data = open_data(config, prepared, report)
     # Twice the watchdog's deadline: it speaks first and says more than a collective's timeout.
     runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
     succeeded, exit_code = False, 0
@@ -47,12 +48,12 @@ def run(config: Config) -> int:
     try:
         dist.assert_equal_on_all_ranks("config", config_hash(config))
         dist.on_main_rank(lock.take_if_there)
-        start = find_start(config, prepared)
+        start = find_start(config, prepared, data)
         if start.finished:
             _say_finished(config, start, runtime)
         else:
             dist.on_main_rank(lock.take)
-            exit_code = _train(config, runtime, prepared, start, stop_request)
+            exit_code = _train(config, runtime, prepared, data, start, stop_request)
         succeeded = True
     finally:
         lock.release()
@@ -83,7 +84,12 @@ class _RunLock:
 
 
 def _train(
-    config: Config, runtime: Runtime, prepared: PreparedData, start: Start, stop_request: StopRequest
+    config: Config,
+    runtime: Runtime,
+    prepared: PreparedData,
+    data: OpenedData,
+    start: Start,
+    stop_request: StopRequest,
 ) -> int:
     grid = Grid.from_world_size(
         runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
@@ -94,9 +100,10 @@ def _train(
     reporter.say(describe_start(config, prepared, grid, start))
     begin = time.monotonic()
     groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
+    job: Job | None = None
     try:
         activity = Activity()
-        job = build_job(config, runtime, groups, prepared, start, reporter, stop_request, activity)
+        job = build_job(config, runtime, groups, prepared, data, start, reporter, stop_request, activity)
         with watched(config, runtime, activity, reporter):
             end = fit(job)
         reporter.close()
@@ -112,6 +119,8 @@ def _train(
         reporter.close()
         raise
     finally:
+        if job:
+            job.feed.close()
         destroy_groups()
 
 

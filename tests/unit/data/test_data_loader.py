@@ -1,112 +1,127 @@
+"""What a rank reads is a function of seed, mixture and data: not of ranks, and not of what was read before."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data_sequences import opened, write
 
 from distllm.config.problems import UserError
-from distllm.data.indexed import TokenWriter
-from distllm.data.loader import Batches, microbatch_samples
-from distllm.data.prepared import Split
+from distllm.data.loader import StepShape, TrainingData, TrainingSource, concatenate
+from distllm.data.mixture import Phase
+from distllm.data.order import Order
+from distllm.data.sequences import Samples
 
 SEQ_LENGTH = 8
-NUM_TOKENS = 103  # 12 sequences, the last label taken from the 97th token, 6 tokens over
+PHASES = [Phase(0, {"a": 2, "b": 1}), Phase(30, {"a": 1, "b": 1}), Phase(70, {"a": 1, "b": 0})]
 
 
-def write(prefix: Path, num_tokens: int) -> Split:
-    """Token i of the stream has id i, so a sequence tells where it comes from."""
-    writer = TokenWriter(prefix, num_tokens)
-    for document in np.split(np.arange(num_tokens), [5, 6, 8]):
-        writer.add(document)
-    writer.finish()
-    return Split(prefix, writer.num_documents, writer.num_tokens, num_bytes=0, max_token=writer.max_token)
+def make_data(
+    folder: Path, packing: str = "chunk", document_mask: bool = False, max_epochs: int | None = None
+) -> TrainingData:
+    sources = {}
+    for name, lengths in {"a": [30, 50, 20, 13], "b": [41, 7, 60]}.items():
+        (folder / name).mkdir(exist_ok=True)
+        sequences = opened(write(folder / name, lengths), SEQ_LENGTH, packing, document_mask)
+        sources[name] = TrainingSource(sequences, Order(5, name), max_epochs)
+    return TrainingData(sources)
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    return write(tmp_path_factory.mktemp("split") / "train", NUM_TOKENS)
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return make_data(tmp_path_factory.mktemp("sources"))
 
 
-def test_chunks_cross_documents_and_share_one_token(split: Split) -> None:
-    batches = Batches(split, SEQ_LENGTH, seed=0, shuffle=False)
-    assert batches.num_sequences == 12
-    samples = batches.samples(0, 12)
-    assert (samples.shape, samples.dtype) == ((12, SEQ_LENGTH + 1), np.int64)
-    assert samples.tolist() == [list(range(i * 8, i * 8 + 9)) for i in range(12)]
-    assert batches.samples(12, 1).tolist() == samples[:1].tolist(), "then from the start again"
+def test_each_epoch_of_a_source_holds_its_sequences_once(data: TrainingData) -> None:
+    located = data.locate(np.arange(200), PHASES)
+    for name in "ab":
+        mine = [row for row, source in enumerate(located.sources) if source == name]
+        size = data.sources[name].sequences.num_sequences
+        epochs = [located.sequences[mine[i : i + size]].tolist() for i in range(0, len(mine) - size, size)]
+        assert len(epochs) >= 2, "the test must see more than one epoch"
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+        assert located.epochs[mine].tolist() == [i // size for i in range(len(mine))]
 
 
-@pytest.mark.parametrize(("num_tokens", "num_sequences"), [(9, 1), (16, 1), (17, 2)])
-def test_the_last_sequence_needs_its_label(tmp_path: Path, num_tokens: int, num_sequences: int) -> None:
-    batches = Batches(write(tmp_path / "x", num_tokens), SEQ_LENGTH, seed=0)
-    assert batches.num_sequences == num_sequences
-    assert batches.samples(0, num_sequences).max() == 8 * num_sequences
+@given(first=st.integers(0, 150), dp_size=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3]))
+def test_a_step_is_the_same_for_any_number_of_ranks(
+    data: TrainingData, first: int, dp_size: int, micro: int
+) -> None:
+    shape = StepShape(global_batch_size=12, micro_batch_size=micro, dp_size=dp_size)
+    alone = data.read(range(first, first + 12), PHASES).tokens
+    ranks = [data.microbatches(first, PHASES, rank, shape) for rank in range(dp_size)]
+    together = [ranks[rank][i].tokens for i in range(shape.num_microbatches) for rank in range(dp_size)]
+    assert np.array_equal(np.concatenate(together), alone)
 
 
-def test_shuffled_epochs_hold_every_sequence_once(split: Split) -> None:
-    batches = Batches(split, SEQ_LENGTH, seed=5)
-    epochs = [batches.samples(12 * epoch, 12) for epoch in range(3)]
-    firsts = [(epoch[:, 0] // SEQ_LENGTH).tolist() for epoch in epochs]
-    assert all(sorted(first) == list(range(12)) for first in firsts)
-    assert firsts[0] != firsts[1] != firsts[2]
-    assert all(np.array_equal(np.diff(epoch), np.ones((12, SEQ_LENGTH))) for epoch in epochs)
-    assert firsts[0] != (Batches(split, SEQ_LENGTH, seed=6).samples(0, 12)[:, 0] // SEQ_LENGTH).tolist()
+@settings(max_examples=25)
+@given(starts=st.lists(st.integers(0, 150), min_size=1, max_size=5))
+def test_a_sample_is_a_function_of_its_number(data: TrainingData, starts: list[int]) -> None:
+    whole = data.read(range(160), PHASES).tokens
+    for start in starts:  # in any order, as after a rewind
+        assert np.array_equal(data.read(range(start, start + 10), PHASES).tokens, whole[start : start + 10])
 
 
-def test_samples_are_a_pure_function_of_their_number(split: Split) -> None:
-    whole = Batches(split, SEQ_LENGTH, seed=5).samples(0, 40)
-    batches = Batches(split, SEQ_LENGTH, seed=5)
-    for first, count in [(30, 10), (3, 1), (11, 14)]:
-        assert np.array_equal(batches.samples(first, count), whole[first : first + count])
+@pytest.mark.parametrize("packing", ["chunk", "best_fit"])
+def test_weights_and_document_starts_go_along(tmp_path: Path, packing: str) -> None:
+    data = make_data(tmp_path, packing, document_mask=True)
+    located = data.locate(np.arange(10, 16), PHASES)
+    samples = data.read(range(10, 16), PHASES)
+    assert samples.weights is not None
+    assert samples.document_starts is not None
+    expected_starts = []
+    for row, name in enumerate(located.sources):
+        alone = data.sources[name].sequences.read(located.sequences[row : row + 1])
+        assert alone.weights is not None
+        assert alone.document_starts is not None
+        assert np.array_equal(samples.tokens[row], alone.tokens[0])
+        assert np.array_equal(samples.weights[row], alone.weights[0])
+        expected_starts += (alone.document_starts[:-1] + row * SEQ_LENGTH).tolist()
+    assert samples.document_starts.tolist() == [*expected_starts, 6 * SEQ_LENGTH]
+    assert samples.document_starts.dtype == np.int32
 
 
-def test_too_few_tokens(split: Split) -> None:
-    assert Batches(split, NUM_TOKENS - 1, seed=0).num_sequences == 1
-    with pytest.raises(UserError) as error:
-        Batches(split, NUM_TOKENS, seed=0)
-    assert "model.seq_length=103" in str(error.value)
-    assert "needs 104 tokens; the train split has 103" in str(error.value)
+def test_either_all_samples_have_weights_or_none() -> None:
+    tokens, weights = np.zeros((1, 9), np.int64), np.ones((1, 8), np.float32)
+    with pytest.raises(AssertionError, match="one for all sources"):
+        concatenate([Samples(tokens), Samples(tokens, weights)])
+
+
+def test_the_last_epoch_that_is_allowed(tmp_path: Path) -> None:
+    data = make_data(tmp_path, max_epochs=2)
+    phases = [Phase(0, {"a": 1, "b": 0})]
+    size = data.sources["a"].sequences.num_sequences
+    data.locate(np.arange(2 * size), phases)
+    with pytest.raises(UserError, match="would be seen more often at sample 28"):
+        data.locate(np.arange(2 * size + 1), phases)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(AssertionError, match="must refuse a global batch of 10 on 2 ranks x 2"):
+        StepShape(10, 2, 2)
+    shape = StepShape(8, 2, 2)
+    assert shape.num_microbatches == 2
+    with pytest.raises(AssertionError, match="rank 2 of 2"):
+        shape.samples(0, 0, 2)
+    with pytest.raises(AssertionError, match="no microbatch 2"):
+        shape.samples(0, 2, 0)
 
 
 @given(
-    first=st.integers(min_value=0, max_value=10**12),
-    micro_batch_size=st.integers(min_value=1, max_value=8),
-    num_microbatches=st.integers(min_value=1, max_value=6),
-    dp_size=st.integers(min_value=1, max_value=16),
+    micro=st.integers(1, 4), dp_size=st.integers(1, 5), microbatches=st.integers(1, 4), first=st.integers(0, 10**12)
 )
-def test_a_step_reads_the_same_samples_on_any_number_of_ranks(
-    first: int, micro_batch_size: int, num_microbatches: int, dp_size: int
-) -> None:
-    global_batch_size = micro_batch_size * num_microbatches * dp_size
-    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
-    read = [
+def test_a_step_reads_each_of_its_samples_once(micro: int, dp_size: int, microbatches: int, first: int) -> None:
+    batch = micro * dp_size * microbatches
+    shape = StepShape(batch, micro, dp_size)
+    samples = [
         sample
+        for microbatch in range(microbatches)
         for rank in range(dp_size)
-        for microbatch in range(num_microbatches)
-        for sample in microbatch_samples(first, microbatch, rank, **sizes)
+        for sample in shape.samples(first, microbatch, rank)
     ]
-    assert sorted(read) == list(range(first, first + global_batch_size))
-
-
-@pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_microbatches_of_all_ranks_are_the_global_batch(split: Split, dp_size: int) -> None:
-    batches = Batches(split, SEQ_LENGTH, seed=1)
-    read = [
-        sequence.tolist()
-        for rank in range(dp_size)
-        for tokens in batches.microbatches(24, rank, global_batch_size=8, micro_batch_size=2, dp_size=dp_size)
-        for sequence in tokens
-    ]
-    assert sorted(read) == sorted(batches.samples(24, 8).tolist())
-
-
-def test_impossible_microbatches_are_refused() -> None:
-    with pytest.raises(AssertionError, match="global batch of 10"):
-        microbatch_samples(0, 0, 0, global_batch_size=10, micro_batch_size=2, dp_size=2)
-    with pytest.raises(AssertionError, match="rank 2 of 2"):
-        microbatch_samples(0, 0, 2, global_batch_size=8, micro_batch_size=2, dp_size=2)
-    with pytest.raises(AssertionError, match="no microbatch 2"):
-        microbatch_samples(0, 2, 0, global_batch_size=8, micro_batch_size=2, dp_size=2)
+    assert samples == list(range(first, first + batch))

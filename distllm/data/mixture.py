@@ -1,0 +1,115 @@
+"""Which source each global sample is drawn from, and which of that source's samples it is. Pure arithmetic.
+
+Sample n of a phase lies at the point of [0, 1) that n's binary digits, reversed, spell (van der Corput 1935).
+Each source owns an interval as long as its share. Any 2**p samples from a multiple of 2**p on are an even
+grid of points, of which an interval holds its share to less than two: so proportions hold over short windows,
+and nothing drifts. How many samples before n fell into an interval follows from n's digits: no table grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+
+import numpy as np
+
+NUM_BITS = 32
+ONE = 1 << NUM_BITS  # the end of [0, 1), in units of 2**-32
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From sample `first` on, until the next phase begins, samples are drawn with `weights`."""
+
+    first: int
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """names: of all sources that any phase has, sorted. sources: int64 [n], indices into names.
+    source_samples: int64 [n], how many samples of that source came before, over all phases."""
+
+    names: list[str]
+    sources: np.ndarray
+    source_samples: np.ndarray
+
+
+def draw(samples: np.ndarray, phases: Sequence[Phase]) -> Draws:
+    """The sources of global `samples`, int64 [n]. phases: in order, the first from sample 0 on."""
+    assert [phase.first for phase in phases][:1] == [0], "the first phase begins with sample 0"
+    names = sorted({name for phase in phases for name in phase.weights})
+    sources = np.zeros(len(samples), np.int64)
+    source_samples = np.zeros(len(samples), np.int64)
+    before = np.zeros(len(names), np.int64)  # samples of each source in the phases before
+    ends: list[int | None] = [*(phase.first for phase in phases[1:]), None]
+    for phase, end in zip(phases, ends, strict=True):
+        bounds = _bounds(phase.weights, names)
+        chosen = (samples >= phase.first) & ((samples < end) if end is not None else True)
+        positions = (samples[chosen] - phase.first).astype(np.uint64)
+        if len(positions):
+            points = _reversed(positions & np.uint64(ONE - 1))
+            # Sources of weight 0 have empty intervals, which "right" passes over.
+            drawn = np.searchsorted(bounds, points, side="right") - 1
+            sources[chosen] = drawn
+            in_phase = _num_below(positions, bounds[drawn + 1]) - _num_below(positions, bounds[drawn])
+            source_samples[chosen] = before[drawn] + in_phase
+        if end is not None:
+            before += _counts(end - phase.first, bounds)
+    return Draws(names, sources, source_samples)
+
+
+def counts_before(sample: int, phases: Sequence[Phase]) -> dict[str, int]:
+    """How many of the global samples 0 to sample - 1 each source gave."""
+    names = sorted({name for phase in phases for name in phase.weights})
+    total = np.zeros(len(names), np.int64)
+    ends = [*(phase.first for phase in phases[1:]), sample]
+    for phase, end in zip(phases, ends, strict=True):
+        total += _counts(max(0, min(end, sample) - phase.first), _bounds(phase.weights, names))
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _bounds(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
+    """uint64 [names + 1]: source i owns the points [bounds[i], bounds[i + 1]), in units of 2**-32."""
+    parts = [Fraction(weights.get(name, 0.0)) for name in names]  # exact: equal on every machine
+    total = sum(parts)
+    assert total > 0, f"one weight must be above 0: {weights}"
+    return np.array([0, *(round(part / total * ONE) for part in accumulate(parts))], np.uint64)
+
+
+def _counts(num_samples: int, bounds: np.ndarray) -> np.ndarray:
+    """int64 [sources]: what the first samples of a phase gave."""
+    below = _num_below(np.full(len(bounds), num_samples, np.uint64), bounds)
+    return np.diff(below)
+
+
+def _num_below(positions: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """int64 [n]: how many of range(positions[i]) lie at points below bounds[i]. Both uint64 [n].
+
+    range(position) falls into blocks of 2**p numbers, one for each digit 1 of position: numbers that share
+    the digits above p and take all values in the p below. Reversed, such a block is an even grid of 2**p
+    points, 2**(32 - p) apart, whose offset the shared digits spell.
+    """
+    whole, rest = positions >> np.uint64(NUM_BITS), positions & np.uint64(ONE - 1)
+    result = (whole * bounds).astype(np.int64)
+    limits = bounds.astype(np.int64)
+    for p in range(NUM_BITS):
+        has_block = (rest >> np.uint64(p)) & np.uint64(1) == 1
+        if not has_block.any():
+            continue
+        first = (rest >> np.uint64(p + 1)) << np.uint64(p + 1)
+        offset = _reversed(first).astype(np.int64)
+        spacing = NUM_BITS - p
+        points = np.maximum(0, (limits - offset + (1 << spacing) - 1) >> spacing)
+        result += np.where(has_block, points, 0)
+    return result
+
+
+def _reversed(values: np.ndarray) -> np.ndarray:
+    """The 32 lowest binary digits of uint64 values, in reverse order."""
+    for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+        bits, kept = np.uint64(shift), np.uint64(mask)
+        values = ((values >> bits) & kept) | ((values & kept) << bits)
+    return values

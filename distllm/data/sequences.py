@@ -1,0 +1,193 @@
+"""Training sequences of one split by their number: what tokens they hold, and of which documents."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distllm.config.problems import user_error
+from distllm.config.schema import Sequences as Settings
+from distllm.data.cache import build_once, digest
+from distllm.data.file_array import FileArray
+from distllm.data.packing import pack
+from distllm.data.prepared import PreparedSource, Split
+from distllm.data.token_stream import TokenStream
+
+FORMAT_VERSION = 1  # of packings in the cache
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sequences as a model takes them; inputs are all tokens but the last, labels all but the first.
+
+    tokens: int64 [n, seq + 1]. weights: float32 [n, seq] of the labels, 0 for padding and for a label that
+    its document does not lead to; None means that all count. document_starts: int32 [documents + 1], where
+    in the flattened [n * seq] inputs each document begins, and the end; None without a document mask.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray | None = None
+    document_starts: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens start to stop - 1 of the stream of documents, in a sequence."""
+
+    start: int
+    stop: int
+
+
+class Sequences(ABC):
+    """The sequences of one split. All of them together use every label once."""
+
+    num_sequences: int
+    holds_padding: bool
+
+    def __init__(self, stream: TokenStream, seq_length: int, document_mask: bool, padding: int) -> None:
+        self.stream = stream
+        self.seq_length = seq_length
+        self.document_mask = document_mask
+        self.padding = padding
+
+    @abstractmethod
+    def spans(self, sequence: int) -> list[Piece]:
+        """What it holds, in order, padding left out; at most seq_length + 1 tokens."""
+
+    def pieces(self, sequence: int) -> list[Piece]:
+        """Its spans, cut where a document begins: each piece lies within one document."""
+        return [piece for span in self.spans(sequence) for piece in self._cut(span)]
+
+    def read(self, sequences: np.ndarray) -> Samples:
+        """sequences: [n] numbers below num_sequences."""
+        tokens = np.full((len(sequences), self.seq_length + 1), self.padding, np.int64)
+        weights = np.ones((len(sequences), self.seq_length), np.float32)
+        document_starts: list[int] = []
+        for row, sequence in enumerate(sequences.tolist()):
+            parts = self.pieces(sequence) if self.document_mask else self.spans(sequence)
+            begins, end = [], 0
+            for part in parts:
+                begins.append(end)
+                end += part.stop - part.start
+                tokens[row, begins[-1] : end] = self.stream.read(part.start, part.stop)
+            weights[row, end - 1 :] = 0  # labels from `end` on are padding
+            if self.document_mask:
+                # What a document begins with follows from nothing within it.
+                weights[row, [begin - 1 for begin in begins[1:]]] = 0
+                begins.append(end)  # padding is a document of its own
+                document_starts += [
+                    row * self.seq_length + begin for begin in begins if begin < self.seq_length
+                ]
+        if not self.document_mask:
+            return Samples(tokens, weights if self.holds_padding else None)
+        return Samples(tokens, weights, np.array([*document_starts, weights.size], np.int32))
+
+    def _cut(self, span: Piece) -> list[Piece]:
+        starts = [start for start in self.stream.starts_between(span.start, span.stop) if start > span.start]
+        edges = [span.start, *map(int, starts), span.stop]
+        return [Piece(start, stop) for start, stop in pairwise(edges)]
+
+
+class ChunkedSequences(Sequences):
+    """The stream of all documents, cut every seq_length tokens, across documents. Each sequence takes one
+    token more, the first of the next, as its last label. What is left at the end is not used."""
+
+    holds_padding = False
+
+    def __init__(self, stream: TokenStream, seq_length: int, document_mask: bool, padding: int) -> None:
+        super().__init__(stream, seq_length, document_mask, padding)
+        self.num_sequences = max(0, (stream.num_tokens - 1) // seq_length)
+
+    def spans(self, sequence: int) -> list[Piece]:
+        start = sequence * self.seq_length
+        return [Piece(start, start + self.seq_length + 1)]
+
+
+class PackedSequences(Sequences):
+    """Whole documents and pieces of long ones, packed by best fit (packing.py); read from `folder`."""
+
+    holds_padding = True
+
+    def __init__(
+        self, stream: TokenStream, seq_length: int, document_mask: bool, padding: int, folder: Path
+    ) -> None:
+        super().__init__(stream, seq_length, document_mask, padding)
+        self._starts = FileArray(folder / "starts.bin", np.int64)
+        self._lengths = FileArray(folder / "lengths.bin", np.int32)
+        self._first_pieces = FileArray(folder / "first_pieces.bin", np.int64)
+        self.num_sequences = len(self._first_pieces) - 1
+
+    def spans(self, sequence: int) -> list[Piece]:
+        first, end = self._first_pieces.read(sequence, sequence + 2).tolist()
+        starts, lengths = self._starts.read(first, end).tolist(), self._lengths.read(first, end).tolist()
+        return [Piece(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+    def pieces(self, sequence: int) -> list[Piece]:
+        return self.spans(sequence)  # each was cut out of one document
+
+
+def open_sequences(
+    source: PreparedSource,
+    split: Split,
+    settings: Settings,
+    seq_length: int,
+    end_of_document: int,
+    cache: Path,
+    report: Callable[[str], None],
+) -> Sequences:
+    """The sequences of a split of `source`; a packing comes from the cache, or is made now.
+
+    User error: not one sequence.
+    """
+    stream = TokenStream(split.prefix, split.first_document, split.num_documents)
+    sequences: Sequences
+    if settings.packing == "best_fit":
+        folder = _packing_folder(source, split, seq_length, cache)
+        build_once(folder, lambda unfinished: _write_packing(stream, seq_length, unfinished, report), report)
+        sequences = PackedSequences(stream, seq_length, settings.document_mask, end_of_document, folder)
+    else:
+        sequences = ChunkedSequences(stream, seq_length, settings.document_mask, end_of_document)
+    if sequences.num_sequences < 1:
+        kind = f"the {split.prefix.name} documents of source {source.name}"
+        rule = f"one sequence needs {seq_length + 1} tokens; {kind} have {stream.num_tokens}"
+        fix = "a shorter sequence, or more data (for validation: a larger data.validation_fraction)"
+        raise user_error("model.seq_length", seq_length, rule, fix)
+    return sequences
+
+
+def _packing_folder(source: PreparedSource, split: Split, seq_length: int, cache: Path) -> Path:
+    key = {
+        "format": FORMAT_VERSION,
+        "tokens": source.fingerprint,
+        "split": [split.prefix.name, split.first_document, split.num_documents],
+        "seq_length": seq_length,
+    }
+    return cache / f"packing-{digest(json.dumps(key, sort_keys=True).encode())}"
+
+
+def _write_packing(
+    stream: TokenStream, seq_length: int, folder: Path, report: Callable[[str], None]
+) -> dict[str, Any]:
+    packing = pack(stream.offsets(0, stream.num_documents + 1), seq_length)
+    packing.starts.astype("<i8").tofile(folder / "starts.bin")
+    packing.lengths.astype("<i4").tofile(folder / "lengths.bin")
+    packing.first_pieces.astype("<i8").tofile(folder / "first_pieces.bin")
+    num_used = int(packing.lengths.sum(dtype=np.int64))
+    padding = 1 - num_used / max(packing.num_sequences * (seq_length + 1), 1)
+    report(
+        f"packed {stream.num_documents:,} documents into {packing.num_sequences:,} sequences: "
+        f"{padding:.2%} padding, {packing.num_cut:,} documents cut, all longer than a sequence"
+    )
+    return {
+        "num_sequences": packing.num_sequences,
+        "padding_fraction": padding,
+        "num_cut_documents": packing.num_cut,
+        "num_documents_without_label": packing.num_labelless,
+    }
