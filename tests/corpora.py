@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from distllm.config import schema
 from distllm.config.problems import UserError
 from distllm.data.prepare import merge, prepare, prepare_shard
 from distllm.data.shards import Shard
+from distllm.data.token_stream import TokenStream
 
 END = "<|endoftext|>"
 BYTES = schema.Tokenizer(kind="bytes", vocab_size=None, path=None, special_tokens=[], end_of_document=END)
@@ -26,6 +28,13 @@ def silent(line: str) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything but the manifest, which tells of times."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "manifest.json"}
+
+
+def documents_of(prefix: Path) -> list[list[int]]:
+    """The tokens of each document of a pair of token files."""
+    stream = TokenStream(prefix)
+    edges = stream.offsets(0, stream.num_documents + 1).tolist()
+    return [stream.read(first, end).tolist() for first, end in itertools.pairwise(edges)]
 
 
 def start(

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, PREPARATION, silent
+from corpora import BYTES, PREPARATION, documents_of, silent
 
 from distllm.config import schema
 from distllm.config.problems import UserError
 from distllm.data.prepare import merge, prepare, prepare_shard
 from distllm.data.prepared import PreparedSource
 from distllm.data.shards import Shard
-from distllm.data.token_stream import TokenStream
 
 TEXTS = [f"document {i} " * (i % 5 + 1) for i in range(40)]
 END_OF_DOCUMENT = 256  # of the tokenizer of bytes
@@ -81,7 +80,7 @@ def test_the_tokens_are_ours_of_the_same_text(data: schema.Data, tmp_path: Path)
     theirs = prepare_one(replace(data, validation_fraction=0.0))
     path = str(tmp_path / "texts/*")
     ours = prepare_one(replace(data, source="text", path=path, validation_fraction=0.0))
-    assert TokenStream(ours.train.prefix).tokens.tolist() == TokenStream(theirs.train.prefix).tokens.tolist()
+    assert documents_of(ours.train.prefix) == documents_of(theirs.train.prefix)
     assert ours.fingerprint == theirs.fingerprint
     for suffix in (".bin", ".idx"):
         assert (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import BYTES, END, PREPARATION, contents, silent, start
+from corpora import BYTES, END, PREPARATION, contents, documents_of, silent, start
 
 from distllm.config import schema
 from distllm.config.problems import UserError
@@ -48,12 +48,10 @@ def prepare_one(
 
 
 def documents(prefix: Path, tokenizer: TextTokenizer) -> list[str]:
-    stream = TokenStream(prefix)
-    edges = stream.document_offsets
-    found = [stream.tokens[edges[i] : edges[i + 1]] for i in range(stream.num_documents)]
+    found = documents_of(prefix)
     assert all(tokens[-1] == tokenizer.end_of_document for tokens in found)
     assert not any(tokenizer.end_of_document in tokens[:-1] for tokens in found)
-    return [tokenizer.decode(tokens[:-1].tolist()) for tokens in found]
+    return [tokenizer.decode(tokens[:-1]) for tokens in found]
 
 
 @pytest.mark.parametrize("settings", [BYTES, BPE])
