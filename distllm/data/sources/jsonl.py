@@ -89,7 +89,9 @@ def _parse(
     except UnicodeDecodeError as error:
         return Rejected(file, row, "invalid UTF-8", f"{error.reason} at byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        return Rejected(file, row, "broken JSON", f"{error.msg} at column {error.colno}")
+        # Not error.colno: the end of the line is a part of the content.
+        column = min(error.pos, len(error.doc.rstrip())) + 1
+        return Rejected(file, row, "broken JSON", f"{error.msg} at column {column}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         return Rejected(file, row, "broken JSON", str(error))
     if not isinstance(fields, dict):

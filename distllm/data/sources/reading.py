@@ -38,5 +38,5 @@ def _read_file(source: Source, files: list[InputFile], file: int, unit: Unit, li
                 path, source.source, file, source.text_field, limit, unit.start, unit.stop
             )
         case "huggingface":
-            return huggingface.read_shard(source, file, len(files), unit.start, unit.stop, limit)
+            return huggingface.read_shard(source, files, file, unit.start, unit.stop, limit)
     raise AssertionError(f"no reader of {source.source}")

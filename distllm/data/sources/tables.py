@@ -1,7 +1,8 @@
 """The text column of Parquet and Arrow files, in batches. What is read there is checked row by row here.
 
 The formats hold a batch of rows in one piece: a too long document is in memory with its batch before it is
-rejected; of Parquet that is about BATCH_BYTES or one row, of Arrow what the writer made one record batch.
+rejected. Of Parquet that is about BATCH_BYTES, or one row, and a page; of Arrow, what the writer made one
+record batch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ BATCH_BYTES = 4 << 20
 BATCH_ROWS = 4096
 ARROW_FILE_MAGIC = b"ARROW1"
 
-# ValueError: from a broken file pyarrow takes names that are not UTF-8 and numbers out of range.
-READ_ERRORS = (OSError, ValueError, pa.ArrowException)
+# ValueError, IndexError: of a broken file, names that are not UTF-8 and numbers out of range.
+READ_ERRORS = (OSError, ValueError, IndexError, pa.ArrowException)
 
 
 def read_schema(path: str, kind: Format) -> pa.Schema:
@@ -104,8 +105,8 @@ Parts = Iterator[tuple[str, int | None, Iterator[pa.Array]]]
 
 
 def _parquet_parts(path: str, text_field: str, start: int | None, stop: int | None) -> Parts:
-    # With a buffer, pages are read one after the other; without, the whole column of a row group at once.
-    with pq.ParquetFile(path, buffer_size=1 << 20) as parquet:
+    # Pages are read one after the other; as it stands pyarrow takes the whole column of a row group at once.
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
         index = parquet.schema_arrow.get_field_index(text_field)
         assert index >= 0, "column_problem() must have seen to it"
         for group in range(start or 0, parquet.num_row_groups if stop is None else stop):
@@ -126,13 +127,16 @@ def _arrow_parts(path: str, text_field: str, start: int | None, stop: int | None
     with pa.OSFile(path) as stream:
         index = _open_arrow(stream).schema.get_field_index(text_field)
         stream.seek(0)
-        reader = _open_arrow(stream, pa.ipc.IpcReadOptions(included_fields=[index]))
+        reader = _open_arrow(stream, pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False))
         if isinstance(reader, pa.RecordBatchFileReader):
             for number in range(start or 0, reader.num_record_batches if stop is None else stop):
-                batches = (reader.get_batch(index) for index in [number])
-                yield f"record batch {number}", None, (batch.column(0) for batch in batches)
+                yield f"record batch {number}", None, _record_batch(reader, number)
         else:
             yield "stream of record batches", None, (batch.column(0) for batch in reader)
+
+
+def _record_batch(reader: pa.RecordBatchFileReader, number: int) -> Iterator[pa.Array]:
+    yield reader.get_batch(number).column(0)
 
 
 PARTS = {"parquet": _parquet_parts, "arrow": _arrow_parts}
@@ -155,6 +159,13 @@ TEXT_AS_BYTES = {
 
 def encoded_texts(column: pa.Array) -> Iterator[bytes | None]:
     """The rows of a text column as they are in memory: one that is not UTF-8 spoils no other."""
+    if pa.types.is_dictionary(column.type):
+        texts = list(encoded_texts(column.dictionary))
+        for index in column.indices.to_pylist():
+            if index is not None and not 0 <= index < len(texts):
+                raise IndexError(f"the dictionary has {len(texts)} texts, not one at {index}")
+            yield None if index is None else texts[index]
+        return
     size = _rows_per_batch(len(column), column.nbytes)
     for start in range(0, len(column), size):
         yield from _as_bytes(column.slice(start, size)).to_pylist()
@@ -175,8 +186,6 @@ def decoded_document(
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(column.type):
-        return _as_bytes(column.dictionary).take(column.indices)  # checks the indices
     if column.type in TEXT_AS_BYTES:
         column = column.view(TEXT_AS_BYTES[column.type])
     column.validate(full=True)  # or a broken file could make pyarrow read beside its memory

@@ -82,7 +82,7 @@ def _check_column(source: Source, files: list[InputFile]) -> None:
     """User error: no file has the text, so that the name must be wrong. Unreadable files say nothing."""
     if source.source != "parquet" and source.source != "arrow":
         return
-    problem = None
+    problems = []
     for file in files:
         try:
             problem = tables.column_problem(tables.read_schema(file.path, source.source), source.text_field)
@@ -90,7 +90,8 @@ def _check_column(source: Source, files: list[InputFile]) -> None:
             continue
         if problem is None:
             return
-    if problem:
-        rule = f"a file must have it as a column of text; {file.path}: {problem[1]}"
+        problems.append(f"{file.path}: {problem[1]}")
+    if problems:
+        rule = f"a file must have it as a column of text; {problems[0]}"
         fix = "data.text_field=NAME with the column of the text"
         raise user_error("data.text_field", source.text_field, rule, fix)

@@ -1,38 +1,21 @@
+"""Finding files, cutting them into units, and the sources of one document per file."""
+
 from __future__ import annotations
 
-import gzip
-import json
-import locale
+import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
 import pytest
+from corpus import TEXTS, places, read, source, texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from distllm.config import schema
+from distllm.config.data_schema import SourceKind
 from distllm.config.problems import UserError
-from distllm.data.sources import Document, read_documents, source_files
-
-Source = Literal["text", "jsonl", "parquet", "stdlib"]
-TEXTS = ["2020-01-01", "a\r\nb\rc\n", "日本 🎉\u2028\x85 x", "", '{"x": 1}', "last\n\n"]
-
-
-def settings(source: Source, path: Path | str | None, text_field: str = "text") -> schema.Data:
-    path = None if path is None else str(path)
-    return schema.Data(
-        source=source, path=path, text_field=text_field, validation_fraction=0.0, cache="unused"
-    )
-
-
-def read(source: Source, path: Path | str | None, text_field: str = "text") -> list[Document]:
-    data = settings(source, path, text_field)
-    return list(read_documents(data, source_files(data)))
-
-
-def texts_and_rows(documents: list[Document]) -> list[tuple[str, int]]:
-    return [(document.text, document.row) for document in documents]
+from distllm.data.sources import Document, InputFile, Rejected, list_files, plan_units, read_unit
 
 
 @pytest.fixture(autouse=True)
@@ -44,125 +27,146 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_files_are_exact_and_sorted_by_path(tmp_path: Path) -> None:
-    for name, text in zip(["b/2.txt", "b/1.txt", "a.txt", "c [x]*#::.txt"], [*TEXTS[:3], "c"], strict=True):
+    names = [f"{number}.txt" for number in range(len(TEXTS))]
+    names[0], names[3] = "z/1.txt", "c [x]*#::.txt"
+    for name, text in zip(names, TEXTS, strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
     (tmp_path / "no.md").write_text("not matched")
-    documents = read("text", tmp_path / "**/*.txt")
-    assert [Path(document.path).relative_to(tmp_path).as_posix() for document in documents] == [
-        "a.txt",
-        "b/1.txt",
-        "b/2.txt",
-        "c [x]*#::.txt",
-    ]
-    assert [document.text for document in documents] == [TEXTS[2], TEXTS[1], TEXTS[0], "c"]
-    assert len(read("text", tmp_path / "c [x]*#::.txt")) == 1, "a file's own name is no pattern"
+    glob = source("text", tmp_path / "**/*.txt")
+    files = list_files(glob)
+    assert [file.path for file in files] == sorted(str(tmp_path / name) for name in names)
+    for unit_bytes in (1, 30, 1000):
+        results = read(glob, unit_bytes)
+        assert {files[r.file].path: r.text for r in results if isinstance(r, Document)} == {
+            str(tmp_path / name): text for name, text in zip(names, TEXTS, strict=True)
+        }
+        assert [(result.file, result.row) for result in results] == [(i, 0) for i in range(len(files))]
+    assert len(read(source("text", tmp_path / names[3]))) == 1, "a file's own name is no pattern"
+
+
+def test_files_have_size_and_time_of_change(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é")
+    os.utime(tmp_path / "a.txt", ns=(5, 7))
+    assert list_files(source("text", tmp_path / "*")) == [InputFile(str(tmp_path / "a.txt"), 2, 7)]
 
 
 def test_relative_path_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert read("text", "*.txt") == read("text", "~/*.txt") == [Document("x", str(tmp_path / "a.txt"), 0)]
+    assert read(source("text", "*.txt")) == read(source("text", "~/*.txt")) == [Document("x", 0, 0)]
 
 
-@pytest.mark.parametrize("name", ["plain.jsonl", "odd [x]*#::name.jsonl", "packed.jsonl.gz", "no_suffix"])
-def test_json_lines_are_exact(tmp_path: Path, name: str) -> None:
-    lines = [json.dumps({"n": None, "text": text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(TEXTS)]
-    content = ("\ufeff" + "\n\r\n".join(lines)).encode()  # a byte order mark, blank lines, no end of line
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert texts_and_rows(read("jsonl", tmp_path / name)) == [(text, 2 * i) for i, text in enumerate(TEXTS)]
-
-
-def test_json_lines_in_a_latin_1_locale_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locale, "getpreferredencoding", lambda setlocale: "ISO-8859-1")
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(UserError, match="PYTHONUTF8=1"):
-        read("jsonl", tmp_path / "a.jsonl")
-
-
-def test_json_oddities(tmp_path: Path) -> None:
-    lines = ['{"text": "a\\ud800b"}', '{"text": "\\ud83c\\udf89"}', '{"text": null}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert [document.text for document in read("jsonl", tmp_path / "a.jsonl")] == ["a\ufffdb", "🎉", ""]
-
-
-def test_parquet_is_exact_across_files_and_row_groups(tmp_path: Path) -> None:
-    for name, texts in [("b.parquet", TEXTS), ("a [x]#::.parquet", TEXTS[::-1])]:
-        table = datasets.Dataset.from_dict({"n": list(range(len(texts))), "body": texts})
-        table.to_parquet(tmp_path / "plain", batch_size=2)
-        (tmp_path / "plain").rename(tmp_path / name)  # datasets itself cannot write under such a name
-    documents = read("parquet", tmp_path / "*.parquet", "body")
-    assert texts_and_rows(documents) == [
-        *((text, row) for row, text in enumerate(TEXTS[::-1])),
-        *((text, row) for row, text in enumerate(TEXTS)),
+def test_bad_text_files_are_rejected_one_by_one(tmp_path: Path) -> None:
+    contents = {"a": b"good", "b": b"", "c": b"good\xff", "d": b"x" * 11, "e": "é".encode() * 5}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "f").write_text("x")
+    everything = source("text", tmp_path / "*")
+    files = list_files(everything)
+    (tmp_path / "f").unlink()  # since it was listed
+    [unit] = plan_units(everything, files, 1000)
+    *results, _ = read_unit(everything, files, unit, max_document_bytes=10)
+    assert [getattr(result, "reason", "good") for result in results] == [
+        "good",
+        "empty",
+        "invalid UTF-8",
+        "too long",
+        "good",
+        "unreadable file",
     ]
+    assert "byte 4" in getattr(results[2], "detail", "")
+    assert results[3] == Rejected(3, 0, "too long", "text of 11 bytes, 10 allowed")
+    assert getattr(results[5], "row", 0) is None
+    assert "No such file" in getattr(results[5], "detail", "")
 
 
-def test_nothing_is_left_in_the_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    assert len(read("jsonl", tmp_path / "a.jsonl")) == 1
-    assert not (tmp_path / "cache").exists()
+def test_details_stay_short() -> None:
+    assert len(Rejected(0, 0, "broken JSON", "x" * 10_000).detail) == 200
 
 
 def test_standard_library() -> None:
-    data = settings("stdlib", None)
-    files = source_files(data)
-    names = [file.name for file in files]
-    assert files == sorted(files)
-    assert {"asyncio", "ast.py", "dataclasses.py"} <= {*names, *(file.parent.name for file in files)}
-    assert not any("site-packages" in file.parts for file in files)
-    chosen = [file for file in files if file.name in ("ast.py", "os.py")]
-    expected = [(file.read_bytes().decode(), 0) for file in chosen]
-    assert texts_and_rows(list(read_documents(data, chosen))) == expected
-    assert Path(sys.modules["os"].__file__ or "").resolve() in [file.resolve() for file in chosen]
+    library = source("stdlib", None)
+    files = list_files(library)
+    paths = [Path(file.path) for file in files]
+    assert paths == sorted(paths)
+    assert {"asyncio", "ast.py"} <= {*(p.name for p in paths), *(p.parent.name for p in paths)}
+    assert not any("site-packages" in path.parts for path in paths)
+    assert Path(sys.modules["os"].__file__ or "").resolve() in [path.resolve() for path in paths]
+    results = read(library, 1 << 20)
+    assert {result.reason for result in results if isinstance(result, Rejected)} == {"empty"}
+    documents = {paths[result.file]: result.text for result in results if isinstance(result, Document)}
+    [ast] = [path for path in documents if path.match("*/python*/ast.py")]
+    assert documents[ast] == ast.read_bytes().decode()
 
 
 def test_standard_library_files_that_are_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_bytes(b"# caf\xe9\n")
-    [document] = read_documents(settings("stdlib", None), [tmp_path / "bad.py"])
-    assert document.text == "# caf\ufffd\n"
+    library, files = source("stdlib", None), [InputFile(str(tmp_path / "bad.py"), 7, 0)]
+    [unit] = plan_units(library, files, 1000)
+    assert next(iter(read_unit(library, files, unit, None))) == Document("# caf\ufffd\n", 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("source", "name", "content", "setting", "words"),
-    [
-        ("text", "a.txt", b"", "data.path", ["empty"]),
-        ("text", "a.txt", b"good\xff", "data.path", ["UTF-8", "byte 4"]),
-        ("jsonl", "a.jsonl", b"good\xff", "data.path", ["UnicodeDecodeError"]),
-        ("jsonl", "a.jsonl", b'{"text": "x"}\n{"text": "y"\n', "data.path", ["line 2", "column"]),
-        ("jsonl", "a.jsonl", b'{"text": "x"}\n\n["y"]\n', "data.path", ["line 3", "list"]),
-        ("jsonl", "a.jsonl", b'{"body": "x", "n": 1}\n', "data.text_field", ["line 1", "['body', 'n']"]),
-        ("jsonl", "a.jsonl", b'{"text": 5}\n', "data.text_field", ["line 1", "int"]),
-        ("jsonl", "a.jsonl.gz", gzip.compress(b"x" * 999)[:-9], "data.path", ["must be readable"]),
-        ("parquet", "a.parquet", b"PAR1 and nonsense", "data.path", ["must be readable"]),
-    ],
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 100), min_size=1),
+    unit_bytes=st.integers(1, 150),
+    kind=st.sampled_from(["text", "jsonl"]),
 )
-def test_user_errors_name_the_place(
-    tmp_path: Path, source: Source, name: str, content: bytes, setting: str, words: list[str]
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read(source, tmp_path / name)
-    assert error.value.problems[0].setting == setting
-    for word in [*words, str(tmp_path / name)]:
-        assert word in str(error.value)
+def test_units_cover_the_files_once_in_order(sizes: list[int], unit_bytes: int, kind: SourceKind) -> None:
+    files = [InputFile(f"/{number}", size, 0) for number, size in enumerate(sizes)]
+    covered: list[tuple[int, int]] = []
+    units = plan_units(source(kind, "unused"), files, unit_bytes)
+    for unit in units:
+        if unit.start is None:
+            covered += [(f, byte) for f in range(unit.first_file, unit.end_file) for byte in range(sizes[f])]
+            assert unit.num_bytes <= unit_bytes or unit.end_file == unit.first_file + 1
+        else:
+            assert unit.end_file == unit.first_file + 1
+            assert unit.stop is not None
+            covered += [(unit.first_file, byte) for byte in range(unit.start, unit.stop)]
+            assert unit.num_bytes <= unit_bytes
+        assert unit.end_file > unit.first_file
+    assert covered == [(file, byte) for file, size in enumerate(sizes) for byte in range(size)]
+    assert sum(unit.num_bytes for unit in units) == sum(sizes)
 
 
-def test_parquet_without_the_column(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"body": ["x"], "n": [1]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet has \['body', 'n'\]"):
-        read("parquet", tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"row 1 of .* holds a int"):
-        read("parquet", tmp_path / "a.parquet", "n")
+def test_many_small_files_share_units() -> None:
+    files = [InputFile(f"/{number}", 10, 0) for number in range(1000)]
+    assert len(plan_units(source("text", "unused"), files, 1000)) == 10
+
+
+def test_token_files_are_found_with_their_index(tmp_path: Path) -> None:
+    tokens = source("megatron", tmp_path / "*")
+    (tmp_path / "a.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"needs its index beside it, .*/a\.idx"):
+        list_files(tokens)
+    (tmp_path / "a.idx").write_bytes(b"x")
+    assert [file.path for file in list_files(tokens)] == [str(tmp_path / "a.bin")]
+    (tmp_path / "b.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"one \.bin file(.|\n)*'a\.bin', 'b\.bin'"):
+        list_files(tokens)
+    with pytest.raises(UserError, match=r"one \.bin file(.|\n)*\[\]"):
+        list_files(source("megatron", tmp_path / "a.idx"))
 
 
 def test_glob_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        read("text", "nothing/*.txt")
+        list_files(source("text", "nothing/*.txt"))
     assert "data.path=nothing/*.txt" in str(error.value)
     assert str(tmp_path) in str(error.value)
     with pytest.raises(UserError, match=r"not a folder(.|\n)*data.path='.*/\*\*/\*"):
-        read("text", tmp_path)
+        list_files(source("text", tmp_path))
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match="all 1 files are empty"):
+        list_files(source("text", "*.txt"))
+
+
+def test_reading_does_not_hang_on_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locale.getpreferredencoding", lambda setlocale=True: "ISO-8859-1")
+    (tmp_path / "a.jsonl").write_text('{"text": "日"}', encoding="utf-8")
+    (tmp_path / "b.txt").write_text("日", encoding="utf-8")
+    assert texts(read(source("jsonl", tmp_path / "a.jsonl"))) == ["日"]
+    assert places(read(source("text", tmp_path / "b.txt"))) == [(0, "日")]
