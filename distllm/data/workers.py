@@ -62,6 +62,7 @@ def _make_here(
             progress.show()
 
         write_piece(work, index, tokenizer, CHARACTERS_PER_BATCH, advance)
+        counters.finish(index, work.units[index].num_bytes)
 
 
 def _make_in_workers(
@@ -128,4 +129,4 @@ def _make(index: int) -> None:
     work, counters, tokenizer = _worker
     num_bytes = work.units[index].num_bytes
     write_piece(work, index, tokenizer, CHARACTERS_PER_WORKER_BATCH, counters.of_unit(index, num_bytes))
-    counters.num_bytes[index] = num_bytes
+    counters.finish(index, num_bytes)

@@ -14,6 +14,7 @@ from distllm.config.problems import UserError
 from distllm.data.prepare import merge, prepare, prepare_shard
 from distllm.data.prepared import PreparedSource
 from distllm.data.shards import Shard
+from distllm.data.tokenizer_preparation import prepare_tokenizer
 
 TEXTS = [f"document {i} " * (i % 5 + 1) for i in range(40)]
 END_OF_DOCUMENT = 256  # of the tokenizer of bytes
@@ -105,6 +106,18 @@ def test_another_tokenizer(data: schema.Data, tmp_path: Path) -> None:
     ids.flush()
     with pytest.raises(UserError, match=r"whose largest token id is 300"):
         prepare_one(data)
+
+
+def test_documents_without_an_end_are_told(data: schema.Data) -> None:
+    lines: list[str] = []
+    prepare(data, PREPARATION, BYTES, lines.append)
+    prepare(data, PREPARATION, replace(BYTES, end_of_document="<|end|>", special_tokens=["x|"]), lines.append)
+    assert not any("do not end with" in line for line in lines), "both ends are token 256"
+    of_two = replace(BYTES, special_tokens=["<|other|>"])
+    tokenizer = prepare_tokenizer(data, PREPARATION, of_two, silent)
+    finished = replace(BYTES, kind="huggingface", path=str(tokenizer), end_of_document="<|other|>")
+    prepare(data, PREPARATION, finished, lines.append)
+    assert any("documents do not end with <|other|>" in line for line in lines)
 
 
 def test_a_changed_index_is_another_corpus(data: schema.Data, tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import BYTES, PREPARATION, contents, silent, start
 
@@ -20,6 +23,7 @@ from distllm.data import workers
 from distllm.data.corpus import Corpus
 from distllm.data.prepare import merge, prepare, prepare_shard
 from distllm.data.shards import Shard
+from distllm.data.splits import ORIGIN
 from distllm.data.tokenizer import TextTokenizer
 from distllm.data.tokenizer_preparation import prepare_tokenizer
 
@@ -105,6 +109,22 @@ def test_rejected_rows_are_named_by_file_and_line(data: schema.Data, expected: d
     assert told in lines
 
 
+def test_rows_of_row_groups_are_those_of_the_file(data: schema.Data, tmp_path: Path) -> None:
+    rows = pa.table({"text": ["", *(f"document {i} " * 9 for i in range(98)), None]})
+    pq.write_table(rows, tmp_path / "corpus/rows.parquet", row_group_size=10)
+    parquet = replace(data, source="parquet", path=str(tmp_path / "corpus/rows.parquet"))
+    (source,) = prepare(parquet, PREPARATION, BYTES, silent, unit_bytes=300).sources.values()
+    entries = [json.loads(line) for line in (source.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in entries] == [0, 99]
+    origins = [np.fromfile(source.folder / f"{name}.origins", ORIGIN) for name in ("train", "validation")]
+    assert sorted(row for origin in origins for row in origin["row"].tolist()) == list(range(1, 99))
+    lines: list[str] = []
+    prepare_shard(
+        replace(parquet, cache=f"{data.cache} 2"), PREPARATION, BYTES, Shard(0, 2), lines.append, 300
+    )
+    assert lines == ["shard 0/2: 5 of 10 pieces of parquet are there"]
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_bad_input_may_stop_the_job(data: schema.Data, num_workers: int) -> None:
     stopping = replace(PREPARATION, workers=num_workers, bad_input="stop")
@@ -126,14 +146,14 @@ def test_a_document_that_is_too_long_is_put_aside(data: schema.Data, tmp_path: P
 
 def test_killed_again_and_again(data: schema.Data, tmp_path: Path) -> None:
     """SIGKILL of the whole process group at random moments, and at last when nothing but to join is left."""
-    (tmp_path / "corpus/one.jsonl").write_text((tmp_path / "corpus/one.jsonl").read_text() * 12)
+    (tmp_path / "corpus/one.jsonl").write_text((tmp_path / "corpus/one.jsonl").read_text() * 8)
     seconds = random.Random(1)
     num_units = len(corpus(data).work().units)
     for kill in range(5):
         process = start(data, BPE, TWO_WORKERS, UNIT_BYTES)
         enough = len(whole_pieces(data)) + 10 if kill < 4 else num_units
         until(lambda: len(whole_pieces(data)) >= enough)  # noqa: B023
-        time.sleep(seconds.random() / 10 if kill < 4 else 0)
+        time.sleep(seconds.random() / 20 if kill < 4 else 0)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not list(Path(data.cache).glob("data-*/manifest.json")), "killed before it was done"
@@ -161,7 +181,7 @@ def test_what_is_whole_is_not_made_again(data: schema.Data, expected: dict[str, 
 
 
 def test_one_killed_worker(data: schema.Data, expected: dict[str, bytes], tmp_path: Path) -> None:
-    lines = (tmp_path / "corpus/one.jsonl").read_text() * 6  # long enough to be met at work
+    lines = (tmp_path / "corpus/one.jsonl").read_text() * 4  # long enough to be met at work
     (tmp_path / "corpus/one.jsonl").write_text(lines)
     process = start(data, BPE, TWO_WORKERS, UNIT_BYTES)
     until(lambda: len(whole_pieces(data)) > 3)
