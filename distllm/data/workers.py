@@ -101,7 +101,7 @@ def _run_pool(
     )
     with pool:
         try:
-            pending: set[Future[None]] = {pool.submit(_make, index) for index in indices}
+            pending = _submit(pool, indices)
             while pending:
                 done, pending = wait(pending, PROGRESS_SECONDS, FIRST_COMPLETED)
                 for future in done:
@@ -113,6 +113,15 @@ def _run_pool(
             raise
 
 
+def _submit(pool: ProcessPoolExecutor, indices: list[int]) -> set[Future[None]]:
+    # The workers start here, and inherit what is blocked: an interrupt from the terminal is for this process.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_make, index) for index in indices}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # What a worker was started with.
 _worker: tuple[Work, Counters, TextTokenizer]
 
@@ -120,7 +129,6 @@ _worker: tuple[Work, Counters, TextTokenizer]
 def _start(work: Work, counters: Counters, parent: int) -> None:
     global _worker
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the terminal: it is for the parent, which stops us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     _worker = work, counters, TextTokenizer.load(work.tokenizer_folder, work.end_of_document)
 

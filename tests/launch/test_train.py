@@ -430,7 +430,8 @@ def test_data_and_tokenizer_are_prepared_once(workplace: Workplace) -> None:
     assert "trained a tokenizer" not in data.stderr
     assert "tokenized 60 files" in data.stderr
     lines = data.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["train", "validation", "tokenizer"]
+    assert [line.split()[:2] for line in lines[:2]] == [["text", "train"], ["text", "validation"]]
+    assert lines[2].startswith("tokenizer")
     assert Path(lines[0].rpartition(": ")[2]).is_file()
 
     before = contents(workplace.folder / "own_cache")

@@ -205,6 +205,20 @@ def test_workers_end_with_their_parent(data: schema.Data, tmp_path: Path) -> Non
     process.communicate()
 
 
+def test_an_interrupt_ends_all_at_once(data: schema.Data, tmp_path: Path) -> None:
+    lines = (tmp_path / "corpus/one.jsonl").read_text() * 20
+    (tmp_path / "corpus/one.jsonl").write_text(lines)
+    process = start(data, BPE, TWO_WORKERS, UNIT_BYTES)
+    until(lambda: len(whole_pieces(data)) > 3)
+    workers_of_it = pool_workers(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == -signal.SIGINT
+    assert output.count("Traceback") == 1, f"that of the parent: {output}"
+    assert not any(is_alive(worker) for worker in workers_of_it)
+    assert not list(Path(data.cache).glob("*.unfinished"))
+
+
 def test_workers_that_die_again_and_again(data: schema.Data, capfd: pytest.CaptureFixture[str]) -> None:
     made = corpus(data)
     work = replace(made.work(), tokenizer_folder=Path("/nowhere"))  # so that none can start
