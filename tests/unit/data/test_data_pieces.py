@@ -20,6 +20,7 @@ from corpora import BYTES, PREPARATION, contents, silent, start
 from distllm.config import schema
 from distllm.config.problems import UserError
 from distllm.data import workers
+from distllm.data.cache import build_once
 from distllm.data.corpus import Corpus
 from distllm.data.prepare import merge, prepare, prepare_shard
 from distllm.data.shards import Shard
@@ -278,6 +279,19 @@ def test_an_input_that_changes_meanwhile(data: schema.Data, tmp_path: Path) -> N
     Path(data.cache).mkdir(exist_ok=True)
     with pytest.raises(UserError, match=r"no file may change while it is read; .*two\.jsonl has"):
         made.build(tmp_path / "out", silent)
+
+
+def test_another_machine_was_faster(tmp_path: Path) -> None:
+    """Without a common lock; it has removed the pieces that we are joining."""
+    folder = tmp_path / "data-key"
+
+    def build(unfinished: Path) -> dict[str, str]:
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"made": "elsewhere"}')
+        raise FileNotFoundError("a piece")
+
+    assert build_once(folder, build, silent) == {"made": "elsewhere"}
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def whole_pieces(data: schema.Data) -> list[Path]:
