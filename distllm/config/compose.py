@@ -121,7 +121,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Request:
         possible = [name for name in ACTIONS[verb] if name]
         (nearest, *_) = [*difflib.get_close_matches(action or "", possible, n=1), possible[0]]
         rule = f"must be one of {', '.join(possible)}, right after the verb"
-        raise user_error("action", action or "none", rule, f"distllm {verb} {nearest} run.dir=FOLDER")
+        raise user_error("action", action or "none", rule, f"distllm {verb} {nearest}")
     return request
 
 

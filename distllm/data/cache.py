@@ -43,7 +43,13 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        content = build(unfinished)
+        try:
+            content = build(unfinished)
+        except OSError:
+            # Another machine without our lock was faster, and has removed what we were reading.
+            if (folder / MANIFEST).exists():
+                return
+            raise
         (unfinished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
         for file in unfinished.iterdir():
             to_disk(file)

@@ -115,7 +115,8 @@ class Corpus:
         """Fill `folder`, and describe it for the manifest; goes on where a killed process has stopped."""
         start = time.monotonic()
         if self.is_tokenized:
-            facts = describe_pair(self.source, self.data, self.files, self.tokenizer.vocab_size, report)
+            facts = describe_pair(self.source, self.data, self.files, self.tokenizer, report)
+            self._check_unchanged()
         else:
             work = self.work()
             self.make_pieces(work, range(len(work.units)), report)
@@ -136,7 +137,7 @@ class Corpus:
         }
 
     def _join(self, work: Work, folder: Path, report: Report) -> dict[str, Any]:
-        joined = join(work, folder, self.tokenizer.vocab_size)
+        joined = join(work, folder, self.tokenizer.vocab_size, report)
         if joined.rejected:
             report(quarantine.summary(joined.rejected, joined.num_rejected_files, self.folder))
         validation = joined.splits.get("validation")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 from distllm.data.indexed import HEADER, token_type
 from distllm.data.pieces import Work
 from distllm.data.prepared import Split
+from distllm.data.progress import PROGRESS_SECONDS
 from distllm.data.quarantine import FILE as QUARANTINE
 from distllm.data.quarantine import BadInputError, Quarantine, absolute, entry_of
 from distllm.data.sources import UnitEnd, read_unit
@@ -33,7 +36,7 @@ class Joined:
     num_rejected_files: int
 
 
-def join(work: Work, folder: Path, vocab_size: int) -> Joined:
+def join(work: Work, folder: Path, vocab_size: int, report: Callable[[str], None]) -> Joined:
     """Write all that `folder` holds but its manifest, with no more than one piece in memory.
 
     Every piece must be whole.
@@ -41,6 +44,7 @@ def join(work: Work, folder: Path, vocab_size: int) -> Joined:
     writers = {name: SplitWriter(folder / name, vocab_size) for name in split_names(work.validation_fraction)}
     quarantine = Quarantine(folder)
     first_row = FirstRow()
+    reported = time.monotonic()
     for index, unit in enumerate(work.units):
         facts, piece = work.facts(index), work.piece(index)
         row = first_row.of(unit.first_file, unit.start is not None, facts["num_rows"])
@@ -49,6 +53,9 @@ def join(work: Work, folder: Path, vocab_size: int) -> Joined:
         for line in (piece / QUARANTINE).read_text().splitlines():
             entry = json.loads(line)
             quarantine.add(absolute(entry, work.files[entry["file"]].path, row, work.source))
+        if time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            report(f"joined {index + 1:,} of {len(work.units):,} pieces")
     quarantine.finish()
     files = [[file.path, file.num_bytes, file.modified_ns] for file in work.files]
     (folder / FILES).write_text(json.dumps(files, indent=0) + "\n")

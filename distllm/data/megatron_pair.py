@@ -16,13 +16,14 @@ from distllm.data.sources import InputFile
 from distllm.data.splits import check_counts, fingerprint
 from distllm.data.token_files import describe
 from distllm.data.token_stream import TokenStream
+from distllm.data.tokenizer import TextTokenizer
 
 
 def describe_pair(
     source: Source,
     data: schema.Data,
     files: list[InputFile],
-    vocab_size: int,
+    tokenizer: TextTokenizer,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """For the manifest: splits, whose prefixes are absolute, fingerprint and token files.
@@ -38,6 +39,9 @@ def describe_pair(
     documents = {"train": (0, num_train), "validation": (num_train, stream.num_documents)}
     if not num_validation:
         del documents["validation"]
+    end = int(stream.offsets(1, 1)[0])
+    if end and stream.read(end - 1, end)[0] != tokenizer.end_of_document:
+        report(f"{prefix}.bin: documents do not end with {tokenizer.end_of_document_text}, unlike our own")
     progress = _Progress(stream.num_tokens, report)
     splits, digests = {}, []
     for name, (first, end) in documents.items():
@@ -46,7 +50,11 @@ def describe_pair(
         splits[name] = Split(prefix, end - first, sums.num_tokens, None, sums.max_token, first, start)
         digests.append(sums.digest.hexdigest())
     token_files = describe(prefix.parent, (f"{prefix}.bin", f"{prefix}.idx"))
-    return {"splits": splits, "fingerprint": fingerprint(digests, vocab_size), "token_files": token_files}
+    return {
+        "splits": splits,
+        "fingerprint": fingerprint(digests, tokenizer.vocab_size),
+        "token_files": token_files,
+    }
 
 
 def index_file(token_file: InputFile) -> Path:

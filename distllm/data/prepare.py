@@ -61,15 +61,27 @@ def prepare_shard(
     for corpus in _corpora(data, preparation, tokenizer, report, unit_bytes):
         if corpus.is_tokenized:
             continue
+        try:
+            if not corpus.is_prepared:
+                _make_share(corpus, shard, report)
+        except OSError:
+            if not corpus.is_prepared:  # else others have done it all, and removed the pieces
+                raise
         if corpus.is_prepared:
             report(f"{corpus.name} is prepared already: {corpus.folder}")
-            continue
-        work = corpus.work(shard.label)
-        create_cache(corpus.pieces)
-        # Its time also tells `merge` which shards there are.
-        with lock(corpus.pieces / f"{shard.label}.lock", report):
-            corpus.make_pieces(work, indices := shard.units(len(work.units)), report)
-        report(f"shard {shard}: {len(indices):,} of {len(work.units):,} pieces of {corpus.name} are there")
+
+
+def _make_share(corpus: Corpus, shard: Shard, report: Report) -> None:
+    work = corpus.work(shard.label)
+    indices = shard.units(len(work.units))
+    create_cache(corpus.pieces)
+    # Its time also tells `merge` which shards there are.
+    with lock(corpus.pieces / f"{shard.label}.lock", report):
+        if not corpus.is_prepared:
+            corpus.make_pieces(work, indices, report)
+            report(
+                f"shard {shard}: {len(indices):,} of {len(work.units):,} pieces of {corpus.name} are there"
+            )
 
 
 def merge(

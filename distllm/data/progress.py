@@ -29,17 +29,21 @@ class Counters:
         self.stop = context.RawValue("b", 0)
 
     def of_unit(self, index: int, most_bytes: int) -> Advance:
-        """For the maker of piece `index`, which may be made anew. most_bytes: of its input."""
+        """For the maker of piece `index`, which may be made anew. most_bytes: of its input, 0 if unknown."""
         self.num_bytes[index] = self.num_tokens[index] = 0
 
         def advance(num_bytes: int, num_tokens: int) -> None:
-            # Text and input differ in size (packed files, other fields): a unit ends with its share exactly.
-            self.num_bytes[index] = min(self.num_bytes[index] + num_bytes, most_bytes)
+            done = self.num_bytes[index] + num_bytes
+            self.num_bytes[index] = min(done, most_bytes) if most_bytes else done
             self.num_tokens[index] += num_tokens
             if self.stop.value:
                 raise StoppedError
 
         return advance
+
+    def finish(self, index: int, num_bytes: int) -> None:
+        """Text and input differ in size (packed files, other fields): a unit ends with all of its share."""
+        self.num_bytes[index] = max(self.num_bytes[index], num_bytes)
 
 
 class Progress:
@@ -67,8 +71,12 @@ class Progress:
         new_bytes, num_tokens = sum(self._counters.num_bytes), sum(self._counters.num_tokens)
         done = self._bytes_before + new_bytes
         rate = new_bytes / seconds
-        remaining = timedelta(seconds=round((self._total_bytes - done) / rate)) if rate else "?"
+        left = max(0, self._total_bytes - done)
+        total, remaining = "?", "?"
+        if self._total_bytes:  # of streamed data sets it is not known
+            total = f"{self._total_bytes / 1e6:,.0f}"
+            remaining = str(timedelta(seconds=round(left / rate))) if rate else "?"
         self._report(
-            f"tokenized {done / 1e6:,.0f} of {self._total_bytes / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+            f"tokenized {done / 1e6:,.0f} of {total} MB, {rate / 1e6:.1f} MB/s, "
             f"{num_tokens / seconds:,.0f} tokens/s, {remaining} left"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -51,9 +52,10 @@ class TextTokenizer:
         library_tokenizer.no_truncation()
         library_tokenizer.no_padding()
         self._is_byte_level = "ByteLevel" in repr(library_tokenizer.decoder)
-        byte_tokens = byte_alphabet() if self._is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-        self._id_of_byte = [vocabulary.get(token) for token in byte_tokens]
-        self._bytes_of_id = self._bytes_of_all_ids(vocabulary, byte_tokens)
+        self._byte_tokens = (
+            byte_alphabet() if self._is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        )
+        self._id_of_byte = [vocabulary.get(token) for token in self._byte_tokens]
 
     @classmethod
     def load(cls, folder: Path, end_of_document: str) -> TextTokenizer:
@@ -139,10 +141,12 @@ class TextTokenizer:
             raise ValueError(f"this tokenizer has no token for byte 0x{byte:02X} outside of UTF-8 text")
         return token
 
-    def _bytes_of_all_ids(self, vocabulary: dict[str, int], byte_tokens: list[str]) -> list[bytes]:
-        byte_of_token = {token: bytes([byte]) for byte, token in enumerate(byte_tokens)}
+    @cached_property
+    def _bytes_of_id(self) -> list[bytes]:
+        # Not at the start: of a large vocabulary it takes a second, and those who only encode do not need it.
+        byte_of_token = {token: bytes([byte]) for byte, token in enumerate(self._byte_tokens)}
         content = [b""] * self.vocab_size
-        for token, token_id in vocabulary.items():
+        for token, token_id in self.library_tokenizer.get_vocab(with_added_tokens=True).items():
             if self._is_byte_level and all(character in byte_of_token for character in token):
                 content[token_id] = b"".join(byte_of_token[character] for character in token)
             else:

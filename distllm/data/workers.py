@@ -62,6 +62,7 @@ def _make_here(
             progress.show()
 
         write_piece(work, index, tokenizer, CHARACTERS_PER_BATCH, advance)
+        counters.finish(index, work.units[index].num_bytes)
 
 
 def _make_in_workers(
@@ -80,7 +81,7 @@ def _make_in_workers(
             num_before, remaining = len(remaining), work.missing(remaining)
             num_deaths = 1 if len(remaining) < num_before else num_deaths + 1
             if num_deaths == MOST_DEATHS:
-                rule = f"{num_deaths} workers were killed, one after another; the system may lack memory"
+                rule = f"{num_deaths} workers have died, one after another; the system may lack memory"
                 raise user_error(
                     "preparation.workers", num_workers, rule, "fewer of them; what is done is kept"
                 ) from None
@@ -93,13 +94,14 @@ def _run_pool(
     work: Work, indices: list[int], num_workers: int, counters: Counters, progress: Progress
 ) -> None:
     """BrokenProcessPool: a worker was killed. The executor ends the others then."""
+    counters.stop.value = 0
     # Not by fork: this process may have threads, of torch among others, that hold locks.
     pool = ProcessPoolExecutor(
         num_workers, get_context("spawn"), initializer=_start, initargs=(work, counters, os.getpid())
     )
     with pool:
         try:
-            pending: set[Future[None]] = {pool.submit(_make, index) for index in indices}
+            pending = _submit(pool, indices)
             while pending:
                 done, pending = wait(pending, PROGRESS_SECONDS, FIRST_COMPLETED)
                 for future in done:
@@ -111,6 +113,15 @@ def _run_pool(
             raise
 
 
+def _submit(pool: ProcessPoolExecutor, indices: list[int]) -> set[Future[None]]:
+    # The workers start here, and inherit what is blocked: an interrupt from the terminal is for this process.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_make, index) for index in indices}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # What a worker was started with.
 _worker: tuple[Work, Counters, TextTokenizer]
 
@@ -118,7 +129,6 @@ _worker: tuple[Work, Counters, TextTokenizer]
 def _start(work: Work, counters: Counters, parent: int) -> None:
     global _worker
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the terminal: it is for the parent, which stops us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     _worker = work, counters, TextTokenizer.load(work.tokenizer_folder, work.end_of_document)
 
@@ -127,4 +137,4 @@ def _make(index: int) -> None:
     work, counters, tokenizer = _worker
     num_bytes = work.units[index].num_bytes
     write_piece(work, index, tokenizer, CHARACTERS_PER_WORKER_BATCH, counters.of_unit(index, num_bytes))
-    counters.num_bytes[index] = num_bytes
+    counters.finish(index, num_bytes)

@@ -32,7 +32,10 @@ def die_with_launcher() -> None:
 
 
 def die_with(parent: int) -> None:
-    """Let the kernel kill this process when `parent`, the process that started it, ends, however it ends."""
+    """Let the kernel kill this process when `parent`, the process that started it, ends, however it ends.
+
+    It is killed as well when the thread of `parent` that started it ends before.
+    """
     _die_with_parent()
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,6 @@ from distllm.config.problems import user_error
 from distllm.config.schema import Config
 from distllm.data.prepare import merge, prepare, prepare_shard
 from distllm.data.prepared import PreparedData
-from distllm.data.quarantine import FILE
 from distllm.data.shards import Shard
 from distllm.trainer.reporter import report_progress
 
@@ -42,6 +41,4 @@ def _show(prepared: PreparedData) -> None:
             if split.num_bytes is not None:
                 counts += f", {split.num_bytes:,} bytes"
             print(f"{name:<12}{part:<12}{counts}: {split.prefix}.bin")
-        if source.num_quarantined:
-            print(f"{name:<12}{'put aside':<12}{source.num_quarantined:,} rows: {source.folder / FILE}")
     print(f"{'tokenizer':<12}{prepared.vocab_size:,} tokens: {prepared.tokenizer_folder}")

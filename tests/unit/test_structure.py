@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {
-    "megatron": ("model/", "layout/groups.py", "engine/pipeline.py", "runtime/cpu.py", "data/indexed.py"),
+    "megatron": ("model/", "layout/groups.py", "engine/pipeline.py", "runtime/cpu.py"),
     "deepspeed": ("engine/", "runtime/quiet.py"),
     "hydra": ("config/compose.py",),
     "omegaconf": ("config/compose.py",),

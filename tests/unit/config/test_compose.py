@@ -151,3 +151,12 @@ def test_an_assignment_gives_exactly_its_value(value: str) -> None:
 
 
 BASE = load()
+
+
+def test_actions_and_bare_arguments_are_no_overrides() -> None:
+    request = compose.parse("data", ["merge", "shard=1/4", "train.steps=5"])
+    assert (request.action, request.arguments) == ("merge", {"shard": "1/4"})
+    assert request.overrides == ("train.steps=5",)
+    assert request.words == ["merge", "shard=1/4"]
+    assert compose.parse("data", ["train.steps=5"]).action is None
+    assert compose.parse("train", ["shard=1/4"]).overrides == ("shard=1/4",)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import documents_of
 
 from distllm.config.problems import UserError
 from distllm.data.indexed import TokenWriter
@@ -29,9 +30,8 @@ def test_megatron_reads_what_we_write_and_so_do_we(tmp_path: Path, vocab_size: i
     theirs, ours = IndexedDataset(str(tmp_path / "x")), TokenStream(tmp_path / "x")
     assert [theirs[i].tolist() for i in range(len(theirs))] == documents
     assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
-    edges = ours.document_offsets
-    assert [ours.tokens[edges[i] : edges[i + 1]].tolist() for i in range(ours.num_documents)] == documents
-    assert ours.tokens.dtype == np.dtype(theirs.index.dtype) == np.dtype(token_type)
+    assert documents_of(tmp_path / "x") == documents
+    assert ours.token_type == np.dtype(theirs.index.dtype) == np.dtype(token_type)
     assert (writer.num_documents, writer.num_tokens) == (ours.num_documents, ours.num_tokens) == (5, 108)
     assert writer.max_token == ours.max_token() == vocab_size - 1
 
@@ -44,16 +44,31 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     builder.add_document(np.arange(7), [3, 4])
     builder.add_document(np.arange(2), [2])
     builder.finalize(str(tmp_path / "x.idx"))
-    stream = TokenStream(tmp_path / "x")
-    assert stream.document_offsets.tolist() == [0, 7, 9]
-    assert stream.tokens.tolist() == [*range(7), 0, 1]
+    assert documents_of(tmp_path / "x") == [[*range(7)], [0, 1]]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_the_bytes_are_those_of_megatrons_builder(
+    tmp_path: Path, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    monkeypatch.setattr("distllm.data.indexed.ITEMS_PER_SLICE", 3)  # of which there are several then
+    for documents in ([], DOCUMENTS, DOCUMENTS * 2, [[2]] * 9):
+        builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=DType.optimal_dtype(vocab_size))
+        for document in documents:
+            builder.add_document(np.array(document), [len(document)])
+        builder.finalize(str(tmp_path / "m.idx"))
+        write(tmp_path / "x", vocab_size, documents)
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / f"x{suffix}").read_bytes() == (tmp_path / f"m{suffix}").read_bytes()
 
 
 def test_digest_follows_the_tokens_not_their_width(tmp_path: Path) -> None:
     narrow, wide = write(tmp_path / "narrow", 300), write(tmp_path / "wide", 70_000)
-    assert narrow.digest.hexdigest() == wide.digest.hexdigest()
+    assert narrow.sums.digest.hexdigest() == wide.sums.digest.hexdigest()
     other = write(tmp_path / "other", 300, [*DOCUMENTS[:-1], [298, 2]])
-    assert other.digest.hexdigest() != narrow.digest.hexdigest()
+    assert other.sums.digest.hexdigest() != narrow.sums.digest.hexdigest()
 
 
 def test_no_documents(tmp_path: Path) -> None:
