@@ -12,8 +12,8 @@ from pathlib import Path
 
 from distllm.config import schema
 from distllm.config.problems import UserError
-from distllm.data.prepare import merge, prepare, prepare_shard
-from distllm.data.shards import Shard
+from distllm.data.preparation.prepare import merge, prepare, prepare_shard
+from distllm.data.preparation.shards import Shard
 from distllm.data.token_stream import TokenStream
 
 END = "<|endoftext|>"

@@ -44,8 +44,8 @@ def run(request: Request) -> int:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Tokens in all, without training a tokenizer. User errors: a finished tokenizer that `train` refuses."""
     if tokenizer.path is not None:
+        from distllm.data.preparation.prepare_tokenizer import check_finished
         from distllm.data.tokenizer import TextTokenizer
-        from distllm.data.tokenizer_preparation import check_finished
 
         folder = Path(tokenizer.path).expanduser()
         finished = TextTokenizer.load(folder, tokenizer.end_of_document)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from distllm.config.compose import Request
 from distllm.config.problems import user_error
 from distllm.config.schema import Config
-from distllm.data.prepare import merge, prepare, prepare_shard
+from distllm.data.preparation.prepare import merge, prepare, prepare_shard
+from distllm.data.preparation.shards import Shard
 from distllm.data.prepared import PreparedData
-from distllm.data.shards import Shard
 from distllm.trainer.reporter import report_progress
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from distllm.config.schema import Config
+from distllm.data.preparation.prepare_tokenizer import prepare_tokenizer
 from distllm.data.tokenizer import TextTokenizer
-from distllm.data.tokenizer_preparation import prepare_tokenizer
 from distllm.trainer.reporter import report_progress
 
 

@@ -10,7 +10,7 @@ import torch
 
 from distllm.config.compose import config_hash, to_yaml
 from distllm.config.schema import Config
-from distllm.data.prepare import prepare
+from distllm.data.preparation.prepare import prepare
 from distllm.data.prepared import PreparedData
 from distllm.layout.grid import Grid
 from distllm.layout.groups import create_groups, destroy_groups

@@ -87,7 +87,7 @@ def _library_texts(copy: int) -> Iterator[str]:
 
 
 def time_ours(corpus: Corpus, num_cores: int, scratch: Path) -> float:
-    from distllm.data.prepare import prepare
+    from distllm.data.preparation.prepare import prepare
 
     data = schema.Data("jsonl", str(corpus.documents), "text", 0.02, str(scratch / "cache"))
     tokenizer = schema.Tokenizer(

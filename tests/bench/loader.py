@@ -119,7 +119,9 @@ def with_megatron(folder: Path, num_tokens: int) -> Callable[[int], Any]:
     class Tokenizer(MegatronLegacyTokenizer):
         """GPTDataset asks only for these."""
 
-        vocab_size, vocab, inv_vocab, eod, pad = 32_000, {}, {}, 0, 0
+        vocab_size, eod, pad = 32_000, 0, 0
+        vocab: dict[str, int] = {}  # noqa: RUF012
+        inv_vocab: dict[int, str] = {}  # noqa: RUF012
 
         def tokenize(self, text: str) -> list[int]:
             raise NotImplementedError

@@ -214,7 +214,7 @@ PACKED = ("sequences=best_fit", "train.steps=8", "data.changes=[]", "data.valida
 
 @pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2", "zero.stage=2"), ("parallel.pipeline=2",)])
 def test_packed_documents_train_alike_under_every_layout(folder: Path, overrides: tuple[str, ...]) -> None:
-    """Padding and document boundaries weigh unevenly on ranks and microbatches; the mean is the global one."""
+    """Padding and boundaries weigh unevenly on ranks and microbatches; the mean is the global one."""
     if not (folder / "packed").exists():
         with start(folder, "packed", 1, 0, *PACKED, "train.validation_interval=4") as job:
             (end,) = job.wait()

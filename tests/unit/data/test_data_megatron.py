@@ -11,10 +11,10 @@ from corpora import BYTES, PREPARATION, documents_of, silent
 
 from distllm.config import schema
 from distllm.config.problems import UserError
-from distllm.data.prepare import merge, prepare, prepare_shard
+from distllm.data.preparation.prepare import merge, prepare, prepare_shard
+from distllm.data.preparation.prepare_tokenizer import prepare_tokenizer
+from distllm.data.preparation.shards import Shard
 from distllm.data.prepared import PreparedSource
-from distllm.data.shards import Shard
-from distllm.data.tokenizer_preparation import prepare_tokenizer
 
 TEXTS = [f"document {i} " * (i % 5 + 1) for i in range(40)]
 END_OF_DOCUMENT = 256  # of the tokenizer of bytes

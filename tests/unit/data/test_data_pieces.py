@@ -19,14 +19,14 @@ from corpora import BYTES, PREPARATION, contents, silent, start
 
 from distllm.config import schema
 from distllm.config.problems import UserError
-from distllm.data import workers
 from distllm.data.cache import build_once
-from distllm.data.corpus import Corpus
-from distllm.data.prepare import merge, prepare, prepare_shard
-from distllm.data.shards import Shard
-from distllm.data.splits import ORIGIN
+from distllm.data.preparation import workers
+from distllm.data.preparation.corpus import Corpus
+from distllm.data.preparation.prepare import merge, prepare, prepare_shard
+from distllm.data.preparation.prepare_tokenizer import prepare_tokenizer
+from distllm.data.preparation.shards import Shard
+from distllm.data.preparation.splits import ORIGIN
 from distllm.data.tokenizer import TextTokenizer
-from distllm.data.tokenizer_preparation import prepare_tokenizer
 
 UNIT_BYTES = 2_000  # some 30 units of one.jsonl, and one of two.jsonl
 TWO_WORKERS = replace(PREPARATION, workers=2)
@@ -82,7 +82,7 @@ def test_workers_and_units_change_no_byte(
 def test_tokenizing_needs_no_pool_where_it_is_little(
     data: schema.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distllm.data.workers.ProcessPoolExecutor", None)
+    monkeypatch.setattr("distllm.data.preparation.workers.ProcessPoolExecutor", None)
     prepare(data, TWO_WORKERS, BPE, silent)
 
 

@@ -14,13 +14,13 @@ from corpora import BYTES, END, PREPARATION, contents, documents_of, silent, sta
 
 from distllm.config import schema
 from distllm.config.problems import UserError
-from distllm.data.cache_key import document_settings
-from distllm.data.prepare import prepare
+from distllm.data.preparation.cache_key import document_settings
+from distllm.data.preparation.prepare import prepare
+from distllm.data.preparation.prepare_tokenizer import prepare_tokenizer
+from distllm.data.preparation.splits import ORIGIN, is_held_out
 from distllm.data.prepared import PreparedSource
-from distllm.data.splits import ORIGIN, is_held_out
 from distllm.data.token_stream import TokenStream
 from distllm.data.tokenizer import TextTokenizer
-from distllm.data.tokenizer_preparation import prepare_tokenizer
 
 BPE = replace(BYTES, kind="bpe", vocab_size=270)
 TEXTS = [f"document {i}\r\n日本 🎉 {END} " + "words words " * (i % 7) for i in range(60)]
@@ -81,8 +81,8 @@ def test_token_files_hold_the_documents_in_order(data: schema.Data, settings: sc
 def test_second_time_is_from_the_cache(data: schema.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare_one(data, BPE, silent)
     stamps = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
-    monkeypatch.setattr("distllm.data.corpus.make_pieces", None)
-    monkeypatch.setattr("distllm.data.tokenizer_preparation.train_bpe", None)
+    monkeypatch.setattr("distllm.data.preparation.corpus.make_pieces", None)
+    monkeypatch.setattr("distllm.data.preparation.prepare_tokenizer.train_bpe", None)
     assert prepare_one(data, BPE, silent) == first
     assert {file: file.stat().st_mtime_ns for file in first.folder.iterdir()} == stamps
 

@@ -10,8 +10,8 @@ from corpora import BYTES, PREPARATION, silent
 
 from distllm.config import schema
 from distllm.config.problems import UserError
-from distllm.data.prepare import prepare
-from distllm.data.token_files import BLOCK_BYTES, NUM_BLOCKS, sample_digest
+from distllm.data.preparation.prepare import prepare
+from distllm.data.preparation.token_files import BLOCK_BYTES, NUM_BLOCKS, sample_digest
 
 DAMAGES: list[Callable[[Path], object]] = [
     Path.unlink,

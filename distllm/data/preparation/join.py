@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from distllm.data.indexed import HEADER, token_type
-from distllm.data.pieces import Work
+from distllm.data.preparation.pieces import Work
+from distllm.data.preparation.progress import PROGRESS_SECONDS
+from distllm.data.preparation.quarantine import FILE as QUARANTINE
+from distllm.data.preparation.quarantine import BadInputError, Quarantine, absolute, entry_of
+from distllm.data.preparation.splits import ORIGIN, SplitWriter, fingerprint, split_names
 from distllm.data.prepared import Split
-from distllm.data.progress import PROGRESS_SECONDS
-from distllm.data.quarantine import FILE as QUARANTINE
-from distllm.data.quarantine import BadInputError, Quarantine, absolute, entry_of
 from distllm.data.sources import UnitEnd, read_unit
-from distllm.data.splits import ORIGIN, SplitWriter, fingerprint, split_names
 
 FILES = "files.json"
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from distllm.config import schema
-from distllm.data import quarantine
 from distllm.data.cache import build_once, create_cache, lock
-from distllm.data.corpus import Corpus
+from distllm.data.preparation import quarantine
+from distllm.data.preparation.corpus import Corpus
+from distllm.data.preparation.prepare_tokenizer import prepare_tokenizer
+from distllm.data.preparation.shards import Shard, missing_pieces
+from distllm.data.preparation.token_files import check_token_files
 from distllm.data.prepared import PreparedData, PreparedSource, Split
-from distllm.data.shards import Shard, missing_pieces
-from distllm.data.token_files import check_token_files
 from distllm.data.token_stream import check_vocabulary
 from distllm.data.tokenizer import TextTokenizer
-from distllm.data.tokenizer_preparation import prepare_tokenizer
 
 Report = Callable[[str], None]
 

@@ -10,11 +10,11 @@ from typing import Any
 from distllm.config import schema
 from distllm.config.data_schema import Source
 from distllm.data.indexed import ITEMS_PER_SLICE, TokenSums
+from distllm.data.preparation.progress import PROGRESS_SECONDS
+from distllm.data.preparation.splits import check_counts, fingerprint
+from distllm.data.preparation.token_files import describe
 from distllm.data.prepared import Split
-from distllm.data.progress import PROGRESS_SECONDS
 from distllm.data.sources import InputFile
-from distllm.data.splits import check_counts, fingerprint
-from distllm.data.token_files import describe
 from distllm.data.token_stream import TokenStream
 from distllm.data.tokenizer import TextTokenizer
 

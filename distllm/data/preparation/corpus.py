@@ -13,21 +13,21 @@ from typing import Any
 from distllm.config import schema
 from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
-from distllm.data import quarantine
 from distllm.data.cache import MANIFEST, digest
-from distllm.data.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
-from distllm.data.join import absolute_entry, join
-from distllm.data.megatron_pair import describe_pair, index_file
-from distllm.data.pieces import Work
+from distllm.data.preparation import quarantine
+from distllm.data.preparation.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
+from distllm.data.preparation.join import absolute_entry, join
+from distllm.data.preparation.megatron_pair import describe_pair, index_file
+from distllm.data.preparation.pieces import Work
+from distllm.data.preparation.quarantine import BadInputError
+from distllm.data.preparation.splits import check_counts
+from distllm.data.preparation.token_files import describe
+from distllm.data.preparation.units import unit_bytes_of
+from distllm.data.preparation.workers import make_pieces
 from distllm.data.prepared import Split
-from distllm.data.quarantine import BadInputError
 from distllm.data.sources import InputFile, list_files, plan_units
 from distllm.data.sources.files import input_file
-from distllm.data.splits import check_counts
-from distllm.data.token_files import describe
 from distllm.data.tokenizer import TextTokenizer
-from distllm.data.units import unit_bytes_of
-from distllm.data.workers import make_pieces
 
 Report = Callable[[str], None]
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from distllm.config.problems import UserError, user_error
-from distllm.data.pieces import Work
+from distllm.data.preparation.pieces import Work
 
 
 @dataclass(frozen=True)

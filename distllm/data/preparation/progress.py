@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 
-from distllm.data.pieces import Advance
+from distllm.data.preparation.pieces import Advance
 
 PROGRESS_SECONDS = 5.0
 

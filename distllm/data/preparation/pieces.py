@@ -20,9 +20,9 @@ import numpy as np
 
 from distllm.config.data_schema import Source
 from distllm.data.cache import digest, to_disk
-from distllm.data.quarantine import BadInputError, Quarantine, entry_of
+from distllm.data.preparation.quarantine import BadInputError, Quarantine, entry_of
+from distllm.data.preparation.splits import ORIGIN, SplitWriter, is_held_out, split_names
 from distllm.data.sources import Document, InputFile, Rejected, Unit, UnitEnd, read_unit
-from distllm.data.splits import ORIGIN, SplitWriter, is_held_out, split_names
 from distllm.data.tokenizer import TextTokenizer, batched
 
 FACTS = "piece.json"

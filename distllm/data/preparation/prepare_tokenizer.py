@@ -12,12 +12,12 @@ from distllm.config import schema
 from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data.cache import build_once
-from distllm.data.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
+from distllm.data.preparation.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
+from distllm.data.preparation.splits import is_held_out
+from distllm.data.preparation.units import unit_bytes_of
 from distllm.data.sources import Document, InputFile, list_files, plan_units, read_unit
-from distllm.data.splits import is_held_out
 from distllm.data.tokenizer import TextTokenizer
 from distllm.data.tokenizer_training import byte_tokenizer, train_bpe
-from distllm.data.units import unit_bytes_of
 
 Report = Callable[[str], None]
 

@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 from distllm.config.problems import user_error
-from distllm.data.pieces import Work, remove_unfinished, write_piece
-from distllm.data.progress import PROGRESS_SECONDS, Counters, Progress
+from distllm.data.preparation.pieces import Work, remove_unfinished, write_piece
+from distllm.data.preparation.progress import PROGRESS_SECONDS, Counters, Progress
 from distllm.data.tokenizer import CHARACTERS_PER_BATCH, TextTokenizer
 from distllm.runtime.launcher import die_with
 
