@@ -35,6 +35,7 @@ CONTRACT = {
     "status.json",
     "checkpoints",
     "events.jsonl",
+    "ledger",
     ".lock",
 }
 
@@ -431,7 +432,7 @@ def test_data_and_tokenizer_are_prepared_once(workplace: Workplace) -> None:
     assert "tokenized 60 files" in data.stderr
     lines = data.stdout.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["text", "train"], ["text", "validation"]]
-    assert lines[2].startswith("tokenizer")
+    assert [line.split()[0] for line in lines[2:]] == ["tokenizer"]
     assert Path(lines[0].rpartition(": ")[2]).is_file()
 
     before = contents(workplace.folder / "own_cache")
