@@ -13,7 +13,7 @@ from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.config.problems import UserError, user_error
 from distllm.layout.place import Shape
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 HASH = "xxh3_128_of_the_rest"
 

@@ -19,11 +19,8 @@ NAME = r"[A-Za-z0-9_-]+"
 
 def placed_sources(config: Config) -> Iterator[tuple[str, Source]]:
     """Each source with the setting that holds it: `data`, or `data.sources.NAME` in a mixture."""
-    if config.data.source != "mixture":
-        yield "data", next(iter(config.data.named_sources.values()))
-        return
-    for name, source in config.data.sources.items():
-        yield f"data.sources.{name}", source
+    for name, source in config.data.named_sources.items():
+        yield config.data.place(name), source
 
 
 def source_paths(config: Config, _: int) -> Iterator[Problem]:

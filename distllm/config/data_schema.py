@@ -94,9 +94,9 @@ class Data:
             )
         }
 
-    def setting(self, source: str, field: str) -> str:
-        """What users call a field of a source."""
-        return f"data.sources.{source}.{field}" if self.source == "mixture" else f"data.{field}"
+    def place(self, name: str) -> str:
+        """Where users write the settings of a source."""
+        return f"data.sources.{name}" if self.source == "mixture" else "data"
 
     def weights_at(self, step: int) -> dict[str, float]:
         """Weights of the sources in the update that follows `step` updates; in no particular unit."""

@@ -10,7 +10,7 @@ import numpy as np
 from distllm.config.problems import UserError, user_error
 from distllm.data.mixture import Phase, draw
 from distllm.data.order import Order, sequence_numbers
-from distllm.data.sequences import Samples, Sequences
+from distllm.data.sequences import Samples, Sequences, gather
 
 
 @dataclass(frozen=True)
@@ -87,38 +87,23 @@ class TrainingData:
 
     def read(self, samples: range, phases: Sequence[Phase]) -> Samples:
         """The sequences of consecutive global samples, in order."""
-        located = self.locate(np.arange(samples.start, samples.stop, dtype=np.int64), phases)
-        parts = [
-            self.sources[name].sequences.read(located.sequences[row : row + 1])
-            for row, name in enumerate(located.sources)
-        ]
-        return concatenate(parts)
+        return gather(self._rows(np.arange(samples.start, samples.stop, dtype=np.int64), phases))
 
     def microbatches(
         self, first_sample: int, phases: Sequence[Phase], dp_rank: int, shape: StepShape
     ) -> list[Samples]:
         """What one data-parallel rank reads in the step that begins with `first_sample`."""
+        parts = [shape.samples(first_sample, number, dp_rank) for number in range(shape.num_microbatches)]
+        rows = self._rows(np.concatenate([np.arange(part.start, part.stop) for part in parts]), phases)
+        size = shape.micro_batch_size
+        return [gather(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+    def _rows(self, samples: np.ndarray, phases: Sequence[Phase]) -> list[tuple[Sequences, int]]:
+        located = self.locate(samples, phases)
         return [
-            self.read(shape.samples(first_sample, microbatch, dp_rank), phases)
-            for microbatch in range(shape.num_microbatches)
+            (self.sources[name].sequences, sequence)
+            for name, sequence in zip(located.sources, located.sequences.tolist(), strict=True)
         ]
-
-
-def concatenate(parts: Sequence[Samples]) -> Samples:
-    """Samples one after the other; all of one job, so either all have weights and starts, or none."""
-    tokens = np.concatenate([part.tokens for part in parts])
-    weights = [part.weights for part in parts if part.weights is not None]
-    starts, num_inputs = [np.empty(0, np.int32)], 0
-    for part in parts:
-        if part.document_starts is not None:
-            starts.append(part.document_starts[:-1] + num_inputs)
-            num_inputs += int(part.document_starts[-1])
-    assert len(weights) in (0, len(parts)), "sequences.packing is one for all sources"
-    return Samples(
-        tokens,
-        np.concatenate(weights) if weights else None,
-        np.append(np.concatenate(starts), num_inputs).astype(np.int32) if num_inputs else None,
-    )
 
 
 def exhausted(source: TrainingSource, when: str) -> UserError:

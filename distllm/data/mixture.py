@@ -17,6 +17,7 @@ import numpy as np
 
 NUM_BITS = 32
 ONE = 1 << NUM_BITS  # the end of [0, 1), in units of 2**-32
+DIGITS = np.arange(NUM_BITS, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ def draw(samples: np.ndarray, phases: Sequence[Phase]) -> Draws:
             # Sources of weight 0 have empty intervals, which "right" passes over.
             drawn = np.searchsorted(bounds, points, side="right") - 1
             sources[chosen] = drawn
-            in_phase = _num_below(positions, bounds[drawn + 1]) - _num_below(positions, bounds[drawn])
+            if bounds[drawn[0] + 1] - bounds[drawn[0]] == ONE:  # the only source
+                in_phase = positions.astype(np.int64)
+            else:
+                in_phase = _num_below(positions, bounds[drawn + 1]) - _num_below(positions, bounds[drawn])
             source_samples[chosen] = before[drawn] + in_phase
         if end is not None:
             before += _counts(end - phase.first, bounds)
@@ -93,18 +97,13 @@ def _num_below(positions: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     points, 2**(32 - p) apart, whose offset the shared digits spell.
     """
     whole, rest = positions >> np.uint64(NUM_BITS), positions & np.uint64(ONE - 1)
-    result = (whole * bounds).astype(np.int64)
-    limits = bounds.astype(np.int64)
-    for p in range(NUM_BITS):
-        has_block = (rest >> np.uint64(p)) & np.uint64(1) == 1
-        if not has_block.any():
-            continue
-        first = (rest >> np.uint64(p + 1)) << np.uint64(p + 1)
-        offset = _reversed(first).astype(np.int64)
-        spacing = NUM_BITS - p
-        points = np.maximum(0, (limits - offset + (1 << spacing) - 1) >> spacing)
-        result += np.where(has_block, points, 0)
-    return result
+    above = DIGITS + np.uint64(1)
+    has_block = (rest[:, None] >> DIGITS) & np.uint64(1) == 1  # [n, 32]
+    offsets = _reversed((rest[:, None] >> above) << above).astype(np.int64)
+    spacings = (NUM_BITS - DIGITS).astype(np.int64)
+    room = bounds.astype(np.int64)[:, None] - offsets
+    points = np.maximum(0, (room + (1 << spacings) - 1) >> spacings)
+    return (whole * bounds).astype(np.int64) + np.where(has_block, points, 0).sum(1)
 
 
 def _reversed(values: np.ndarray) -> np.ndarray:

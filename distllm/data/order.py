@@ -1,11 +1,13 @@
 """The order of training: which sequence a global sample number is. Pure arithmetic, no stored shuffle.
 
-A shuffle is a keyed bijection on range(size): a Feistel network on the next even number of bits, applied
-again to whatever falls outside of the range (cycle walking; Black & Rogaway 2002).
+A shuffle is a keyed bijection on range(size): a Feistel network over two digits, one modulo each of two
+numbers whose product is hardly larger than size, applied again to the few values that fall outside of the
+range (the generalised Feistel cipher and cycle walking of Black & Rogaway 2002).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +40,12 @@ def permuted_indices(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     """`permuted_index` of each position; int [n] to int64 [n]."""
     assert size > 0, f"a bijection needs a range that is not empty, not range({size})"
     assert np.all((positions >= 0) & (positions < size)), f"positions must lie in range({size})"
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    indices = _feistel(positions.astype(np.uint64), half_bits, key)
-    # The domain is below 4 * size, so a walk is short: 4 applications at most on average.
+    rows = math.isqrt(size - 1) + 1 if size > 1 else 1
+    columns = -(-size // rows)
+    indices = _feistel(positions.astype(np.uint64), rows, columns, key)
+    # Of the rows * columns values fewer than `rows` lie outside, so a second application is rare.
     while np.any(outside := indices >= size):
-        indices[outside] = _feistel(indices[outside], half_bits, key)
+        indices[outside] = _feistel(indices[outside], rows, columns, key)
     return indices.astype(np.int64)
 
 
@@ -59,14 +62,17 @@ def sequence_numbers(
     return sequences
 
 
-def _feistel(values: np.ndarray, half_bits: int, key: int) -> np.ndarray:
-    """A bijection on uint64 values of 2 * half_bits bits, whatever `_mix` is."""
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    left, right = values >> shift, values & mask
+def _feistel(values: np.ndarray, rows: int, columns: int, key: int) -> np.ndarray:
+    """A bijection on uint64 values below rows * columns, whatever `_mix` is."""
+    row: np.ndarray = values // np.uint64(columns)
+    column: np.ndarray = values % np.uint64(columns)
     for round_number in range(1, NUM_ROUNDS + 1):
         round_key = np.uint64((key + round_number * GOLDEN) & MASK_64)
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    return left << shift | right
+        if round_number % 2:
+            row = (row + _mix(column ^ round_key) % np.uint64(rows)) % np.uint64(rows)
+        else:
+            column = (column + _mix(row ^ round_key) % np.uint64(columns)) % np.uint64(columns)
+    return row * np.uint64(columns) + column
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -67,27 +67,25 @@ class Sequences(ABC):
 
     def read(self, sequences: np.ndarray) -> Samples:
         """sequences: [n] numbers below num_sequences."""
-        tokens = np.full((len(sequences), self.seq_length + 1), self.padding, np.int64)
-        weights = np.ones((len(sequences), self.seq_length), np.float32)
-        document_starts: list[int] = []
-        for row, sequence in enumerate(sequences.tolist()):
-            parts = self.pieces(sequence) if self.document_mask else self.spans(sequence)
-            begins, end = [], 0
-            for part in parts:
-                begins.append(end)
-                end += part.stop - part.start
-                tokens[row, begins[-1] : end] = self.stream.read(part.start, part.stop)
-            weights[row, end - 1 :] = 0  # labels from `end` on are padding
+        return gather([(self, sequence) for sequence in sequences.tolist()])
+
+    def fill(self, sequence: int, tokens: np.ndarray, weights: np.ndarray | None) -> list[int]:
+        """Write a sequence into `tokens` [seq + 1] and `weights` [seq], which are all padding and all 1.
+
+        Returns at which inputs documents begin; padding counts as a document of its own.
+        """
+        parts = self.pieces(sequence) if self.document_mask else self.spans(sequence)
+        begins, end = [], 0
+        for part in parts:
+            begins.append(end)
+            end += part.stop - part.start
+            tokens[begins[-1] : end] = self.stream.read(part.start, part.stop)
+        if weights is not None:
+            weights[end - 1 :] = 0  # labels from `end` on are padding
             if self.document_mask:
                 # What a document begins with follows from nothing within it.
-                weights[row, [begin - 1 for begin in begins[1:]]] = 0
-                begins.append(end)  # padding is a document of its own
-                document_starts += [
-                    row * self.seq_length + begin for begin in begins if begin < self.seq_length
-                ]
-        if not self.document_mask:
-            return Samples(tokens, weights if self.holds_padding else None)
-        return Samples(tokens, weights, np.array([*document_starts, weights.size], np.int32))
+                weights[[begin - 1 for begin in begins[1:]]] = 0
+        return [begin for begin in (*begins, end) if begin < self.seq_length]
 
     def _cut(self, span: Piece) -> list[Piece]:
         starts = [start for start in self.stream.starts_between(span.start, span.stop) if start > span.start]
@@ -131,6 +129,20 @@ class PackedSequences(Sequences):
 
     def pieces(self, sequence: int) -> list[Piece]:
         return self.spans(sequence)  # each was cut out of one document
+
+
+def gather(rows: list[tuple[Sequences, int]]) -> Samples:
+    """Sequences by number, each with the sequences that it is one of; all of one job, so of one shape."""
+    first = rows[0][0]
+    tokens = np.full((len(rows), first.seq_length + 1), first.padding, np.int64)
+    is_weighed = first.holds_padding or first.document_mask
+    weights = np.ones((len(rows), first.seq_length), np.float32) if is_weighed else None
+    starts: list[int] = []
+    for row, (sequences, number) in enumerate(rows):
+        begins = sequences.fill(number, tokens[row], None if weights is None else weights[row])
+        starts += [row * first.seq_length + begin for begin in begins]
+    starts.append(len(rows) * first.seq_length)
+    return Samples(tokens, weights, np.array(starts, np.int32) if first.document_mask else None)
 
 
 def open_sequences(

@@ -25,7 +25,8 @@ class StartFacts:
 
     grid: the layout, drawn; may have several lines. precision: as `train.precision`.
     num_parameters: of the whole model, shared ones once. steps: updates in all; resume_step: those done
-    already. training_tokens: in the training split, once through.
+    already. training_tokens: in the training split, once through. source_epochs: of each source of a mixture,
+    its share of all samples and how often they go through it.
     memory_bytes_per_rank: estimate, item by item, for the fullest rank.
     resumed_from: the checkpoint, None for a start from scratch.
     """
@@ -49,6 +50,7 @@ class StartFacts:
     steps: int
     resume_step: int
     training_tokens: int
+    source_epochs: Mapping[str, tuple[float, float]]
     memory_bytes_per_rank: Mapping[str, int]
     resumed_from: Path | None
 
@@ -146,7 +148,14 @@ def _training(facts: StartFacts) -> str:
     if facts.training_tokens:
         epochs = tokens / facts.training_tokens
         text += f" = {epochs:.2f} epochs over {count(facts.training_tokens)} training tokens"
-    return f"{text}\n{tokens / facts.num_parameters:.3g} tokens per parameter"
+    lines = [text, f"{tokens / facts.num_parameters:.3g} tokens per parameter"]
+    if len(facts.source_epochs) > 1:
+        sources = {
+            name: f"{share:7.2%} of the samples, {epochs:.2f} epochs"
+            for name, (share, epochs) in facts.source_epochs.items()
+        }
+        lines.append(table(sources))
+    return "\n".join(lines)
 
 
 def _memory(items: Mapping[str, int]) -> str:

@@ -15,14 +15,17 @@ from distllm.metrics.sinks import read_rows
 from distllm.metrics.summary import EndFacts, StartFacts, end_summary, start_summary
 from distllm.model.size import count_parameters
 from distllm.plan.memory import estimate_memory
+from distllm.trainer.feed import OpenedData, planned_samples
 from distllm.trainer.job import Job
 from distllm.trainer.resume import Start
 from distllm.trainer.sample import sample_tokens
 
 
-def describe_start(config: Config, prepared: PreparedData, grid: Grid, start: Start) -> str:
+def describe_start(config: Config, prepared: PreparedData, data: OpenedData, grid: Grid, start: Start) -> str:
     """What will run and the arithmetic behind it."""
     model, train = config.model, config.train
+    samples = planned_samples(config, start.state)
+    sizes = {name: source.sequences.num_sequences for name, source in data.training.sources.items()}
     return start_summary(
         StartFacts(
             run_dir=Path(config.run.dir),
@@ -44,6 +47,10 @@ def describe_start(config: Config, prepared: PreparedData, grid: Grid, start: St
             steps=train.steps,
             resume_step=start.state.step,
             training_tokens=sum(source.train.num_tokens for source in prepared.sources.values()),
+            source_epochs={
+                name: (samples.get(name, 0) / max(sum(samples.values()), 1), samples.get(name, 0) / size)
+                for name, size in sizes.items()
+            },
             memory_bytes_per_rank=estimate_memory(config, prepared.vocab_size, grid.data),
             resumed_from=start.path,
         )

@@ -47,12 +47,9 @@ def open_data(config: Config, prepared: PreparedData, report: Callable[[str], No
     for name, settings in config.data.named_sources.items():
         source = prepared.sources[name]
         order = Order(config.train.seed, name, settings.shuffle)
-        training[name] = TrainingSource(
-            open_split(source, source.train),
-            order,
-            settings.max_epochs,
-            config.data.setting(name, "max_epochs"),
-        )
+        limit_setting = f"{config.data.place(name)}.max_epochs"
+        sequences = open_split(source, source.train)
+        training[name] = TrainingSource(sequences, order, settings.max_epochs, limit_setting)
         if source.validation is not None and config.train.validation_interval > 0:
             validation[name] = open_split(source, source.validation)
     records = {
@@ -62,26 +59,27 @@ def open_data(config: Config, prepared: PreparedData, report: Callable[[str], No
     return OpenedData(TrainingData(training), validation, records)
 
 
+def planned_samples(config: Config, state: TrainState) -> dict[str, int]:
+    """How many samples each source will have given after the last step, if no step is refused."""
+    batch_size, steps = config.train.global_batch_size, config.train.steps
+    for step in (state.step, *sorted({change.step for change in config.data.changes})):
+        if state.step <= step < steps:
+            first = state.next_sample + (step - state.step) * batch_size
+            state = TrainState(step, first, state.skipped, history=state.history)
+            state = state.planned(batch_size, config.data.weights_at(step))
+    last = state.next_sample + (steps - state.step) * batch_size
+    return counts_before(last, phases(state.history)) if state.history else {}
+
+
 def refuse_exhausted(config: Config, training: TrainingData, state: TrainState) -> None:
     """A user error if the steps that are left would see a source more often than it allows."""
-    batch_size, steps = config.train.global_batch_size, config.train.steps
-    changes = sorted({change.step for change in config.data.changes if state.step < change.step < steps})
-    end = state
-    for step in (state.step, *changes):
-        if step < steps:
-            first = end.next_sample + (step - end.step) * batch_size
-            planned = TrainState(step, first, end.skipped, history=end.history)
-            end = planned.planned(batch_size, config.data.weights_at(step))
-    last = end.next_sample + (steps - end.step) * batch_size
-    for name, count in counts_before(last, phases(end.history)).items() if end.history else ():
+    for name, count in planned_samples(config, state).items():
         source = training.sources.get(name)
         if source is None or source.max_epochs is None:
             continue
         available = source.max_epochs * source.sequences.num_sequences
         if count > available:
-            raise exhausted(
-                source, f"by the last step: {count:,} samples, of which {available:,} are allowed"
-            )
+            raise exhausted(source, f"by the last step: {count:,} samples; {available:,} are allowed")
 
 
 @dataclass(frozen=True)

@@ -164,15 +164,13 @@ def _other_sources(
             rule = f"its tokens must be those of {path.name}; what changed: {what_changed(record, source)}"
             fix = "restore the documents and the tokenizer, give the new documents a source of their own, "
             yield Problem(
-                f"data source {name}",
+                config.data.place(name),
                 f"fingerprint {source.fingerprint}",
                 rule,
                 f"{fix}or take another run.dir",
             )
-        shuffle, shuffle_before = data.records[name]["shuffle"], record["shuffle"]
-        if shuffle != shuffle_before:
-            rule = f"the order of source {name} hangs on it, and {path.name} was made with {str(shuffle_before).lower()}"
-            setting = config.data.setting(name, "shuffle")
-            yield Problem(
-                setting, shuffle, rule, f"{setting}={str(shuffle_before).lower()}, or another run.dir"
-            )
+        if record["shuffle"] != data.records[name]["shuffle"]:
+            setting, before_text = f"{config.data.place(name)}.shuffle", str(record["shuffle"]).lower()
+            rule = f"the order of source {name} hangs on it, and {path.name} was made with {before_text}"
+            fix = f"{setting}={before_text}, or another run.dir"
+            yield Problem(setting, data.records[name]["shuffle"], rule, fix)

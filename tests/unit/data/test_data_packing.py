@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_every_label_comes_once(document_lengths: list[int], seq_length: int) ->
         for token in range(start + 1, start + length)
     ]
     edges = offsets(document_lengths).tolist()
-    expected = [token for first, end in zip(edges, edges[1:], strict=False) for token in range(first + 1, end)]
+    expected = [token for first, end in pairwise(edges) for token in range(first + 1, end)]
     assert sorted(labels) == expected
     assert all(sum(length for _, length in sequence) <= seq_length + 1 for sequence in sequences(packing))
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from distllm.metrics.meter import Row, gzip_bits_per_byte, training_row, validation_row
 
 
-def row(**changes: float | None) -> Row:
-    facts = {
+def row(**changes: object) -> Row:
+    facts: dict[str, object] = {
         "step": 10,
         "loss": 3.0,
         "grad_norm": 0.8,
         "learning_rate": 1e-3,
         "consumed_samples": 150,  # of the run, whose batch has grown meanwhile
+        "consumed_by_source": {"text": 150},
         "step_seconds": 0.5,
         "global_batch_size": 16,
         "seq_length": 256,
@@ -37,6 +38,11 @@ def test_training_row_has_the_names_of_the_contract() -> None:
         "step_seconds": 0.5,
         "tokens_per_second": 8192.0,
     }
+
+
+def test_a_mixture_has_the_tokens_of_each_source() -> None:
+    mixed = row(consumed_by_source={"code": 100, "web": 50})
+    assert (mixed["consumed_tokens/code"], mixed["consumed_tokens/web"]) == (25600, 12800)
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices() -> None:

@@ -22,6 +22,7 @@ def rows(num_steps: int) -> list[dict[str, float | int]]:
             grad_norm=1.0,
             learning_rate=3e-4 * min(1.0, step / 100),
             consumed_samples=16 * step,
+            consumed_by_source={"text": 16 * step},
             step_seconds=0.5,
             global_batch_size=16,
             seq_length=256,

@@ -27,6 +27,7 @@ START = StartFacts(
     steps=1000,
     resume_step=0,
     training_tokens=1_280_000,
+    source_epochs={"text": (1.0, 3.2)},
     memory_bytes_per_rank={"weights": 20 * MIB, "activations": 240 * MIB},
     resumed_from=None,
 )
@@ -120,3 +121,9 @@ def test_blocks_are_ascii_and_at_most_100_wide() -> None:
         assert text.isascii()
         assert max(map(len, text.splitlines())) == 100
         assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_a_mixture_tells_of_its_sources() -> None:
+    text = start_summary(replace(START, source_epochs={"code": (0.25, 1.5), "web": (0.75, 0.031)}))
+    assert "code   25.00% of the samples, 1.50 epochs" in text
+    assert "web    75.00% of the samples, 0.03 epochs" in text

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distllm.data.ledger import samples_of_step, with_plan
 from distllm.trainer.state import TrainState
+
+WEIGHTS = {"a": 2.0, "b": 1.0}
 
 
 def go_on(state: TrainState, batch: int, steps: int) -> tuple[TrainState, list[int]]:
     """After some steps, and the samples that they were trained on."""
     trained: list[int] = []
     for _ in range(steps):
+        state = state.planned(batch, WEIGHTS)
         trained += state.samples(batch)
         state = state.after_step(batch, loss=1.0, grad_norm=2.0, window=3)
     return state, trained
@@ -46,10 +51,14 @@ def test_every_sample_is_trained_on_once_or_skipped_once(
     skipped = [n for first, end in passed_by for n in range(first, end)]
     assert sorted(seen + trained + skipped) == list(range(end_state.next_sample))
     assert end_state.consumed_samples == len(seen) + len(trained)
+    assert sum(end_state.consumed_by_source().values()) == len(seen) + len(trained)
+    in_ledger = [n for step in range(1, end_state.step + 1) for n in samples_of_step(end_state.history, step)]
+    assert in_ledger == sorted(seen + trained), "the ledger tells the same, step by step"
 
 
 def test_a_state_survives_json() -> None:
-    state = TrainState(3, 40, ((8, 16),), (1.0, 2.5), (0.5, 0.25))
+    history = with_plan(with_plan((), 0, 0, 8, WEIGHTS), 1, 16, 12, {"a": 1.0})
+    state = TrainState(3, 40, ((8, 16),), (1.0, 2.5), (0.5, 0.25), history)
     assert TrainState.from_plain(json.loads(json.dumps(state.to_plain()))) == state
 
 
@@ -58,3 +67,13 @@ def test_the_window_keeps_the_last_steps() -> None:
     for loss in (1.0, 2.0, 3.0, 4.0):
         state = state.after_step(8, loss, 10 * loss, window=3)
     assert (state.losses, state.grad_norms) == ((2.0, 3.0, 4.0), (20.0, 30.0, 40.0))
+
+
+def test_what_each_source_gave() -> None:
+    """Two samples of `a` for each of `b`, to within the two of any mixture; six are left out on the way."""
+    state = go_on(TrainState(), 6, 2)[0]
+    state = state.without(state.samples(6))
+    state = go_on(state, 6, 2)[0]
+    consumed = state.consumed_by_source()
+    assert sum(consumed.values()) == 24
+    assert consumed["a"] == pytest.approx(16, abs=2)
