@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,10 @@ def write_piece(
 
 def remove_unfinished(work: Work) -> None:
     """Remove what killed processes of `work.label` on this machine have left; none of them may be alive."""
-    for folder in work.folder.glob(f"*.{_owner(work)}.*{UNFINISHED}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in work.folder.glob(f"*.{_owner(work)}.*{UNFINISHED}*"):
+        # Renamed first: a worker in its last moments must not name a piece what is half removed.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder.rename(f"{folder}.removed"), ignore_errors=True)
 
 
 def _owner(work: Work) -> str:

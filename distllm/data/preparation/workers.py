@@ -109,7 +109,7 @@ def _run_pool(
                 progress.show()
         except BaseException:
             counters.stop.value = 1  # else leaving waits until the workers have finished their units
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # and wait: none may be at work when our lock is free
             raise
 
 
