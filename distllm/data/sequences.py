@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -162,7 +162,10 @@ def open_sequences(
     sequences: Sequences
     if settings.packing == "best_fit":
         folder = _packing_folder(source, split, seq_length, cache)
-        build_once(folder, lambda unfinished: _write_packing(stream, seq_length, unfinished, report), report)
+        manifest = build_once(
+            folder, lambda unfinished: _write_packing(stream, seq_length, unfinished), report
+        )
+        report(_summary(f"{source.name} {split.prefix.name}", manifest))
         sequences = PackedSequences(stream, seq_length, settings.document_mask, end_of_document, folder)
     else:
         sequences = ChunkedSequences(stream, seq_length, settings.document_mask, end_of_document)
@@ -184,22 +187,28 @@ def _packing_folder(source: PreparedSource, split: Split, seq_length: int, cache
     return cache / f"packing-{digest(json.dumps(key, sort_keys=True).encode())}"
 
 
-def _write_packing(
-    stream: TokenStream, seq_length: int, folder: Path, report: Callable[[str], None]
-) -> dict[str, Any]:
+def _write_packing(stream: TokenStream, seq_length: int, folder: Path) -> dict[str, Any]:
     packing = pack(stream.offsets(0, stream.num_documents + 1), seq_length)
     packing.starts.astype("<i8").tofile(folder / "starts.bin")
     packing.lengths.astype("<i4").tofile(folder / "lengths.bin")
     packing.first_pieces.astype("<i8").tofile(folder / "first_pieces.bin")
     num_used = int(packing.lengths.sum(dtype=np.int64))
     padding = 1 - num_used / max(packing.num_sequences * (seq_length + 1), 1)
-    report(
-        f"packed {stream.num_documents:,} documents into {packing.num_sequences:,} sequences: "
-        f"{padding:.2%} padding, {packing.num_cut:,} documents cut, all longer than a sequence"
-    )
     return {
+        "num_documents": stream.num_documents,
         "num_sequences": packing.num_sequences,
         "padding_fraction": padding,
         "num_cut_documents": packing.num_cut,
         "num_documents_without_label": packing.num_labelless,
     }
+
+
+def _summary(name: str, packing: Mapping[str, Any]) -> str:
+    text = (
+        f"{name}: {packing['num_documents']:,} documents packed into {packing['num_sequences']:,} sequences, "
+        f"{packing['padding_fraction']:.2%} padding; {packing['num_cut_documents']:,} cut, "
+        "all longer than a sequence"
+    )
+    if packing["num_documents_without_label"]:
+        text += f"; {packing['num_documents_without_label']:,} of one token left out"
+    return text

@@ -187,6 +187,24 @@ def test_another_mixture_at_a_resume(folder: Path) -> None:
     assert "data.sources" in change
 
 
+def test_a_resume_at_every_step(folder: Path) -> None:
+    """Each checkpoint leads to the run's end, over both changes of the mixture and an epoch's end."""
+    every = ("checkpoint.interval=1", "checkpoint.keep=100", "logging.interval=100")
+    with start(folder, "every_step", 1, 0, *every) as job:
+        (end,) = job.wait()
+    assert end.exit_code == 0, end.output
+    expected = trained_on(folder / "every_step")
+    assert expected == trained_on(folder / "reference")
+    for step in range(1, STEPS, 3):
+        path = folder / "every_step" / "checkpoints" / f"step_{step:08}"
+        with start(folder, f"from_{step}", 1, 0, f"checkpoint.resume={path}") as job:
+            (end,) = job.wait()
+        assert end.exit_code == 0, end.output
+        found = trained_on(folder / f"from_{step}")
+        assert found == {number: hashes for number, hashes in expected.items() if number >= step}
+        assert curve(folder / f"from_{step}") == curve(folder / "every_step")[step:]
+
+
 def test_an_epoch_limit_is_kept_before_the_first_step(folder: Path) -> None:
     job = fork(folder, "train", *RUN, "run.dir=limited", "data.sources.code.max_epochs=2")
     assert job.exit_code == 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distllm.data.ledger import samples_of_step, with_plan
+from distllm.data.ledger import phases, samples_of_step, with_plan
+from distllm.data.mixture import draw
 from distllm.trainer.state import TrainState
 
 WEIGHTS = {"a": 2.0, "b": 1.0}
@@ -77,3 +79,27 @@ def test_what_each_source_gave() -> None:
     consumed = state.consumed_by_source()
     assert sum(consumed.values()) == 24
     assert consumed["a"] == pytest.approx(16, abs=2)
+
+
+@given(batch=st.integers(1, 5), changes=st.sets(st.integers(1, 20), max_size=3), stop=st.integers(0, 20))
+def test_a_resume_at_any_step_goes_on_with_the_same_samples(batch: int, changes: set[int], stop: int) -> None:
+    """Through the JSON of a checkpoint, at any step of a run whose mixture changes now and then."""
+
+    def run(state: TrainState, until: int) -> tuple[TrainState, list[tuple[str, int]]]:
+        drawn: list[tuple[str, int]] = []
+        while state.step < until:
+            number = sum(change <= state.step for change in changes)
+            state = state.planned(batch, {"a": 1.0 + number, "b": 2.0, "c": float(number % 2)})
+            samples = np.arange(state.next_sample, state.next_sample + batch)
+            draws = draw(samples, phases(state.history))
+            names = [draws.names[source] for source in draws.sources]
+            drawn += zip(names, draws.source_samples.tolist(), strict=True)
+            state = state.after_step(batch, 1.0, 1.0, 8)
+        return state, drawn
+
+    end, whole = run(TrainState(), 21)
+    stopped, before = run(TrainState(), stop)
+    resumed, after = run(TrainState.from_plain(json.loads(json.dumps(stopped.to_plain()))), 21)
+    assert before + after == whole
+    assert len(set(whole)) == len(whole), "no sample of a source comes twice"
+    assert resumed == end
