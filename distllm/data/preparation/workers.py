@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
+from queue import Empty, SimpleQueue
 
 from distllm.config.problems import user_error
 from distllm.data.preparation.pieces import Work, remove_unfinished, write_piece
@@ -101,11 +103,16 @@ def _run_pool(
     )
     with pool:
         try:
-            pending = _submit(pool, indices)
-            while pending:
-                done, pending = wait(pending, PROGRESS_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    future.result()
+            done: SimpleQueue[Future[None]] = SimpleQueue()
+            for future in _submit(pool, indices):
+                future.add_done_callback(done.put)
+            num_done = 0
+            while num_done < len(indices):
+                # Not by concurrent.futures.wait: an interrupt in it (3.11) leaves futures locked, and then
+                # the pool waits for ever.
+                with suppress(Empty):
+                    done.get(timeout=PROGRESS_SECONDS).result()
+                    num_done += 1
                 progress.show()
         except BaseException:
             counters.stop.value = 1  # else leaving waits until the workers have finished their units
@@ -113,11 +120,11 @@ def _run_pool(
             raise
 
 
-def _submit(pool: ProcessPoolExecutor, indices: list[int]) -> set[Future[None]]:
+def _submit(pool: ProcessPoolExecutor, indices: list[int]) -> list[Future[None]]:
     # The workers start here, and inherit what is blocked: an interrupt from the terminal is for this process.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return {pool.submit(_make, index) for index in indices}
+        return [pool.submit(_make, index) for index in indices]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

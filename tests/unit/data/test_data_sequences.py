@@ -154,8 +154,6 @@ def test_a_packing_is_made_once_and_told(tmp_path: Path) -> None:
     chosen = Settings(packing="best_fit", document_mask=True, prefetch=0)
     for _ in range(2):
         open_sequences(source, source.train, chosen, 8, PADDING, tmp_path / "cache", told.append)
-    line = (
-        "made train: 4 documents packed into 5 sequences, 17.78% padding; 1 cut, all longer than a sequence"
-    )
+    figures = "4 documents packed into 5 sequences, 17.78% padding; 1 cut, all longer than a sequence"
     assert told == [f"made train: {figures}"] * 2, "every start tells"
     assert len(list((tmp_path / "cache").glob("packing-*[!k]"))) == 1
