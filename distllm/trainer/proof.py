@@ -111,14 +111,20 @@ def _left_out(ledger: Ledger, data: TrainingData, first: int, last: int) -> dict
 
 
 def contradictions(
-    ledger: Ledger, rows: Sequence[Mapping[str, Any]], states: Mapping[str, TrainState]
+    ledger: Ledger,
+    rows: Sequence[Mapping[str, Any]],
+    states: Mapping[str, TrainState],
+    first_step: int = 1,
 ) -> list[str]:
     """Where the ledger and what the run wrote at the time differ: training rows of metrics.jsonl, and the
-    states in its checkpoints, by their names."""
+    states in its checkpoints, by their names.
+
+    first_step: of this run directory; another than 1 where it goes on from the checkpoint of another.
+    """
     found = []
     steps = [row["step"] for row in rows]
-    if steps != list(range(1, len(steps) + 1)):
-        found.append("metrics.jsonl does not hold every step from 1 on once")
+    if steps != list(range(first_step, first_step + len(steps))):
+        found.append(f"metrics.jsonl does not hold every step from {first_step} on once")
     for row in rows:
         stop = samples_of_step(ledger.history, row["step"]).stop
         consumed = TrainState(row["step"], stop, ledger.skipped, history=ledger.history)

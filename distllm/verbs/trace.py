@@ -40,7 +40,8 @@ def run(config: Config, request: Request) -> int:
         raise user_error("run.dir", directory.path, "must be a run that has taken a step", "train first")
     first, last = _steps(arguments.get("steps", f"1:{last_step}"), last_step)
     proof = prove(ledger, first, last)
-    proof.faults += contradictions(ledger, rows, _states(directory))
+    starts = [event["step"] for event in directory.read_events() if event["kind"] == "start"]
+    proof.faults += contradictions(ledger, rows, _states(directory), min(starts, default=0) + 1)
     print(proof_text(proof, directory))
     return EXIT_NOT_PROVEN if proof.faults else 0
 

@@ -203,6 +203,8 @@ def test_a_resume_at_every_step(folder: Path) -> None:
         found = trained_on(folder / f"from_{step}")
         assert found == {number: hashes for number, hashes in expected.items() if number >= step}
         assert curve(folder / f"from_{step}") == curve(folder / "every_step")[step:]
+    proof = fork(folder, "trace", f"run.dir=from_{step}", "verify=true")
+    assert proof.exit_code == 0, proof.output
 
 
 def test_an_epoch_limit_is_kept_before_the_first_step(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distllm.data.sources import InputFile
 
 MOST_UNITS = 4096  # unless they grew beyond the largest: a few thousand files are no burden to any cache
-SMALLEST_BYTES, LARGEST_BYTES = 16 << 20, 1 << 30
+SMALLEST_BYTES, LARGEST_BYTES = 4 << 20, 1 << 30
 
 
 def unit_bytes_of(files: list[InputFile]) -> int:

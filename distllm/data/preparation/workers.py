@@ -18,7 +18,7 @@ from distllm.data.tokenizer import CHARACTERS_PER_BATCH, TextTokenizer
 from distllm.runtime.launcher import die_with
 
 # Less is done by this process alone, on all cores, before workers have even started.
-FEWEST_UNITS = 4
+FEWEST_UNITS = 16
 # A worker has one core: what does not fill many cores at once needs less memory.
 CHARACTERS_PER_WORKER_BATCH = 1 << 20
 MOST_DEATHS = 3  # in a row, without a piece made meanwhile

@@ -114,6 +114,9 @@ def test_rows_and_checkpoints_must_agree(ledger: Ledger) -> None:
         "step 1 had consumed_tokens/a 32 in metrics.jsonl; the ledger says 40"
     ]
     assert contradictions(ledger, [row, row], {}) == ["metrics.jsonl does not hold every step from 1 on once"]
+    assert contradictions(ledger, [row], {}, first_step=2) == [
+        "metrics.jsonl does not hold every step from 2 on once"
+    ]
     other = replace(end, history=(Stretch(0, 0, 5, WEIGHTS[0]),))
     assert contradictions(ledger, [row], {"step_00000001": other}) == [
         "step_00000001 was written under another history"
