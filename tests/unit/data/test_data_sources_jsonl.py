@@ -15,7 +15,7 @@ from corpus import TEXTS, places, read, source, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distllm.data.sources import Rejected
+from distllm.data.sources import Document, Rejected
 
 
 def compress_zstd(content: bytes) -> bytes:
@@ -174,3 +174,13 @@ def test_a_long_line_is_passed_over_in_pieces(tmp_path: Path) -> None:
     assert isinstance(results[1], Rejected)
     assert "200,000,013 bytes" in results[1].detail
     assert peak < 30_000_000
+
+
+def test_files_without_a_document_are_told(tmp_path: Path) -> None:
+    """Beside one that has one: none of them is passed over in silence."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b""))
+    first, *rejected = read(source("jsonl", f"{tmp_path}/*"))
+    assert isinstance(first, Document)
+    assert rejected == [Rejected(file, None, "empty", "the file holds no document") for file in (1, 2)]
