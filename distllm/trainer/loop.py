@@ -92,7 +92,7 @@ def make_row(job: Job, before: TrainState, state: TrainState, result: StepResult
         grad_norm=result.grad_norm,
         learning_rate=rate_of(job, before),
         consumed_samples=state.consumed_samples,
-        consumed_by_source=state.consumed_by_source(),
+        consumed_by_source=state.consumed_by_source() if len(job.data.records) > 1 else {},
         step_seconds=seconds,
         global_batch_size=job.config.train.global_batch_size,
         seq_length=job.config.model.seq_length,

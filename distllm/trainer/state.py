@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -40,11 +41,11 @@ class TrainState:
     def consumed_by_source(self) -> dict[str, int]:
         """Samples that updates have seen, of each source that the mixture has had so far."""
         drawn_from = phases(self.history)
-        consumed = counts_before(self.next_sample, drawn_from)
+        consumed = Counter(counts_before(self.next_sample, drawn_from))
         for first, end in self.passed_by:
-            before, after = counts_before(first, drawn_from), counts_before(end, drawn_from)
-            consumed = {name: count - after[name] + before[name] for name, count in consumed.items()}
-        return consumed
+            consumed.update(counts_before(first, drawn_from))
+            consumed.subtract(counts_before(end, drawn_from))
+        return dict(consumed)
 
     def samples(self, global_batch_size: int) -> range:
         """Of the next step."""
