@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distllm.checkpoint.dcp import read_metadata
 from distllm.checkpoint.integrity import hash_text
-from distllm.checkpoint.manifest import HASH, MANIFEST, find_damage, read_manifest
+from distllm.checkpoint.manifest import FORMAT_VERSION, HASH, MANIFEST, find_damage, read_manifest
 from distllm.checkpoint.store import read_tensors, write_checkpoint
 from distllm.config.problems import UserError
 from distllm.layout.fragment import Fragment
@@ -141,7 +141,7 @@ def test_a_manifest_cut_anywhere_is_damage(checkpoint: Path) -> None:
         assert damage.startswith(f"{MANIFEST}: "), length
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"format_version": 2}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "3", f'{{"format_version": {FORMAT_VERSION}}}', "\udcff"])
 def test_a_manifest_that_makes_no_sense_is_damage(text: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
     damage = find_damage(checkpoint)
@@ -166,7 +166,7 @@ def test_every_bit_of_the_manifest_counts(checkpoint: Path) -> None:
     assert num_valid > 20
 
 
-@pytest.mark.parametrize(("version", "age"), [(3, "a newer"), (1, "an older")])
+@pytest.mark.parametrize(("version", "age"), [(FORMAT_VERSION + 1, "a newer"), (1, "an older")])
 @pytest.mark.parametrize("has_hash", [True, False])
 def test_another_format_is_refused_and_not_passed_over(
     version: int, age: str, has_hash: bool, checkpoint: Path
