@@ -111,7 +111,7 @@ class Data:
 class Preparation:
     """From documents to token files; none of it but bad_input and max_document_bytes changes what comes out.
 
-    workers: processes that tokenize; None means one per processor core.
+    workers: processes that tokenize, on all processor cores together; None means one for every two cores.
     bad_input: what becomes of a row or file that cannot be used (broken JSON, a missing field, invalid UTF-8,
         an empty or too long document): `quarantine` counts it, writes file and row into quarantine.jsonl and
         goes on; `stop` ends the job with the first.

@@ -97,7 +97,7 @@ def time_ours(corpus: Corpus, num_cores: int, scratch: Path) -> float:
         special_tokens=[],
         end_of_document=END_OF_DOCUMENT,
     )
-    preparation = schema.Preparation(num_cores, "stop", None)
+    preparation = schema.Preparation(None, "stop", None)  # by the cores that this process may use
     return _seconds(lambda: prepare(data, preparation, tokenizer, lambda line: None))
 
 

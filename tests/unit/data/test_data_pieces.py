@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -226,6 +227,25 @@ def test_workers_that_die_again_and_again(data: schema.Data, capfd: pytest.Captu
     made.pieces.parent.mkdir(exist_ok=True)
     with pytest.raises(UserError, match="3 workers have died"):
         workers.make_pieces(work, range(len(work.units)), 2, made.tokenizer, silent)
+
+
+def test_workers_of_several_threads(
+    data: schema.Data, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine of four cores, where None means two workers of two threads."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    started: list[tuple[int, int]] = []
+    make_in_workers = workers._make_in_workers
+
+    def recording(work: Any, indices: list[int], size: Any, *others: Any) -> None:
+        started.append((size.num_workers, size.num_threads))
+        make_in_workers(work, indices, size, *others)
+
+    monkeypatch.setattr(workers, "_make_in_workers", recording)
+    preparation = replace(PREPARATION, workers=None)
+    (source,) = prepare(data, preparation, BPE, silent, UNIT_BYTES).sources.values()
+    assert started == [(2, 2)]
+    assert contents(source.folder) == expected
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
