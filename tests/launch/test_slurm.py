@@ -127,11 +127,11 @@ def test_a_job_saves_and_goes_on_when_told_to(site: Site) -> None:
 
 
 def test_a_job_goes_on_after_its_time_limit(site: Site) -> None:
-    # SLURM looks at the limits every 30 s: validation slows the job down to be running then.
-    job = site.submit("limited", "train.validation_interval=1", "train.validation_sequences=200")
+    # SLURM looks at the limits every 30 s: a job of 80 s at least is running then, however fast the machine.
+    job = site.submit("limited", "fault.inject=['sleep:seconds=0.5,times=0']")
     site.wait_for_step("limited", 5)
     site.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=2")
-    site.cluster.wait(lambda: site.cluster.job(job)["Restarts"] == "1", 60, "requeue")
+    site.cluster.wait(lambda: site.cluster.job(job)["Restarts"] == "1", 120, "requeue")
     site.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     site.assert_completed("limited", site.cluster.wait_for_end(job), restarts=1)
     site.assert_signal_was_heeded("limited", 5)
