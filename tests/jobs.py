@@ -53,6 +53,11 @@ class Trace:
     weights: dict[str, torch.Tensor]
 
 
+def even_weights(labels: torch.Tensor) -> torch.Tensor:
+    """Those of a mean over all labels."""
+    return torch.full(labels.shape, 1 / labels.numel())
+
+
 def make_config(*overrides: str) -> Config:
     """The small job with overrides, composed as on the command line."""
     return compose.load(compose.parse("train", [*SMALL_JOB, *overrides]))

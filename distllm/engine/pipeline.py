@@ -71,11 +71,10 @@ def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], 
     """
     microbatches = _normalize_weights(microbatches, groups)
 
-    def mean(losses: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        loss = losses.mean() if batch.weights is None else (losses * batch.weights).sum()
+    def weighted(loss: Tensor, _: Microbatch) -> tuple[Tensor, Tensor]:
         return loss, loss.detach().clone()  # Megatron divides the first in place
 
-    losses = _run(_loss_step(mean), chunks, microbatches, groups, forward_only=False)
+    losses = _run(_loss_step(weighted, is_weighted=True), chunks, microbatches, groups, forward_only=False)
     mean_loss = (
         torch.stack(losses).mean() if losses else microbatches[0].tokens.new_zeros((), dtype=torch.float32)
     )
@@ -87,7 +86,9 @@ def _normalize_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Se
     all 0 if they were. Waits for no device."""
     weights = [batch.weights for batch in microbatches if batch.weights is not None]
     if not weights:
-        return microbatches
+        labels = microbatches[0].labels
+        even = torch.full(labels.shape, 1 / labels.numel(), device=labels.device)
+        return [replace(batch, weights=even) for batch in microbatches]
     assert len(weights) == len(microbatches), "only some microbatches have weights"
     total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
     dist.all_reduce(total, group=groups.data)
@@ -158,12 +159,23 @@ def from_last_stage(value: Tensor, groups: Groups) -> Tensor:
     return value
 
 
-def _loss_step(reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """Megatron's forward step: run a chunk, and say how the last one's losses become a number."""
+def _loss_step(
+    reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]], is_weighted: bool = False
+) -> Callable[..., Any]:
+    """Megatron's forward step: run a chunk, and say how the last one's losses become a number.
+
+    is_weighted: the last chunk sums them up by the microbatch's weights, which is what has gradients.
+    """
 
     def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(iterator)
-        output = chunk(batch.inputs, batch.positions, batch.document_starts, labels=batch.labels)
+        output = chunk(
+            batch.inputs,
+            batch.positions,
+            batch.document_starts,
+            labels=batch.labels,
+            loss_mask=batch.weights if is_weighted else None,
+        )
         return output, lambda losses: reduce(losses, batch)
 
     return forward_step

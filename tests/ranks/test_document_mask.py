@@ -97,9 +97,11 @@ class Alone:
     def packed(self, starts: Tensor | None, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses, [4 * SEQ], and gradients of their weighted sum."""
         (chunk,) = self.engine.chunks
-        losses = chunk(self.tokens[:, :-1], positions, starts, labels=self.tokens[:, 1:])
-        (losses * self.weights).sum().backward()
-        return losses.detach().flatten(), self._take_gradients()
+        inputs, labels = self.tokens[:, :-1], self.tokens[:, 1:]
+        with torch.no_grad():
+            losses = chunk(inputs, positions, starts, labels=labels)
+        chunk(inputs, positions, starts, labels=labels, loss_mask=self.weights).backward()
+        return losses.flatten(), self._take_gradients()
 
     def one_by_one(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, each document a batch of its own."""
@@ -108,9 +110,10 @@ class Alone:
         documents = zip(*(x.split(self.starts.diff().tolist()) for x in flat), strict=True)
         losses = []
         for inputs, labels, weights in documents:
-            loss = chunk(inputs[None], torch.arange(len(inputs))[None], None, labels=labels[None])[0]
-            (loss * weights).sum().backward()
-            losses.append(loss.detach())
+            arguments = (inputs[None], torch.arange(len(inputs))[None], None)
+            with torch.no_grad():
+                losses.append(chunk(*arguments, labels=labels[None])[0])
+            chunk(*arguments, labels=labels[None], loss_mask=weights[None]).backward()
         return torch.cat(losses), self._take_gradients()
 
     def logits(self) -> tuple[Tensor, Tensor]:
@@ -246,13 +249,14 @@ def check_weighted_mean(rank: int) -> None:
     total = torch.stack([weights_of(microbatch) for microbatch in batch]).sum()
     loss = torch.tensor(0.0)
     for microbatch in batch:
-        losses = chunk(
+        assert microbatch.weights is not None
+        part = chunk(
             microbatch.inputs,
             microbatch.positions,
             microbatch.document_starts,
             labels=microbatch.labels,
+            loss_mask=microbatch.weights / total,
         )
-        part = (losses * microbatch.weights).sum() / total
         part.backward()
         loss += part.detach()
     expected = {

@@ -32,7 +32,8 @@ def trained_with_gradients(
                 parameter.copy_(weights[-1][place.name].reshape(parameter.shape))
                 parameter.grad = torch.zeros_like(parameter)
         (batch,) = jobs.microbatches(step, config, shadow.groups)
-        shadow.chunks[0](batch.inputs, batch.positions, None, labels=batch.labels).mean().backward()
+        mean = jobs.even_weights(batch.labels)
+        shadow.chunks[0](batch.inputs, batch.positions, None, labels=batch.labels, loss_mask=mean).backward()
         gradients.append(
             {
                 place.name: jobs.gradient(p).view(place.global_shape).clone()
