@@ -184,6 +184,8 @@ class Train:
     micro_batch_size: sequences per rank in one forward pass.
     precision: `bf16` computes in bfloat16 and keeps fp32 master weights and moments.
     gradient_accumulation: type in which gradients of microbatches are summed and reduced.
+    compile: what a layer does between its matrix products is compiled for the steps of training. That takes
+        ten seconds at the first start on a machine, then two, and needs Triton, or on a CPU a C++ compiler.
     validation_interval: steps between validations; 0 means never.
     validation_sequences: sequences in one validation, or all there are if they are fewer.
     """
@@ -194,6 +196,7 @@ class Train:
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["fp32", "bf16"]
     gradient_accumulation: Literal["fp32", "bf16"]
+    compile: bool
     validation_interval: NonNegativeInt
     validation_sequences: PositiveInt
 

@@ -1,7 +1,7 @@
 """Causal attention, over whole sequences or inside documents, as the core of Megatron Core's SelfAttention.
 
-On a GPU this is FlashAttention or cuDNN, on a CPU the blocked kernel; none holds the score matrix, nor a mask
-of its shape.
+On a GPU this is FlashAttention or cuDNN, on a CPU our blocks or PyTorch's; none holds the score matrix, nor a
+mask of its shape.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+
+from distllm.model.blocked_attention import blocked_attention
 
 # Where it has this argument (not in torch 2.11), it refuses grouped queries without it.
 VARLEN_TAKES_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -43,6 +45,9 @@ class CausalAttention(nn.Module):
         """
         seq, batch, heads, head_dim = query.shape
         if attention_mask is None:
+            if are_blocks_faster(query):
+                scale = self.softmax_scale or head_dim**-0.5
+                return blocked_attention(query, key, value, scale).view(seq, batch, heads * head_dim)
             # [seq, batch, heads, head_dim] -> [batch, heads, seq, head_dim]
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             context = causal_attention(q, k, v, self.softmax_scale)
@@ -51,6 +56,12 @@ class CausalAttention(nn.Module):
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         context = attention_in_documents(q, k, v, attention_mask, seq, self.softmax_scale)
         return context.reshape(batch, seq, heads * head_dim).transpose(0, 1)
+
+
+def are_blocks_faster(query: Tensor) -> bool:
+    """query: [seq, batch, heads, head_dim]. Measured: in bf16 1.6 x at 512 tokens and 1.1 x at 2,048, in fp32
+    1.3 x and 0.9 x."""
+    return query.device.type == "cpu" and (query.dtype == torch.bfloat16 or len(query) <= 1024)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from distllm.layout.groups import Groups
 from distllm.layout.place import Place
 from distllm.model.gpt import GPT
 from distllm.model.init import initialize_weights
+from distllm.model.layers import use_operations
+from distllm.model.operations import compiled
 from distllm.model.places import parameter_places
 from distllm.model.spec import block_spec, transformer_config
 
@@ -31,9 +34,9 @@ def build_model(config: Config, vocab_size: int, groups: Groups, device: torch.d
     """Build this rank's part of the model on `device` and give it its initial weights.
 
     A chunk takes tokens and positions, both [batch, seq], and where documents begin in them, [num_documents +
-    1] int32, or None: attention then stays inside documents, not sequences. The last chunk returns the loss
-    of every token, [batch, seq] in fp32, where labels are given, else logits, [batch, seq, padded_vocab/tp];
-    other chunks return activations, [seq (/tp), batch, hidden].
+    1] int32, or None: attention then stays inside documents, not sequences. The last chunk returns a loss
+    where labels are given (see GPT), else logits, [batch, seq, padded_vocab/tp]; other chunks return
+    activations, [seq (/tp), batch, hidden].
     """
     # Megatron Core wants its random states to exist, even where nothing is drawn from them.
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
@@ -47,6 +50,13 @@ def build_model(config: Config, vocab_size: int, groups: Groups, device: torch.d
         chunks.append(module)
     initialize_weights(places, config.model, config.train.seed)
     return BuiltModel(chunks, places)
+
+
+def compile_steps(built: BuiltModel, report: Callable[[str], None]) -> None:
+    """Have the steps of training use compiled operations; what cannot be compiled is told to `report`."""
+    operations = compiled(report)
+    for chunk in built.chunks:
+        use_operations(chunk, operations)
 
 
 def _build_chunk(

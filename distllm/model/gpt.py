@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from distllm.model.loss import VocabularyPart, linear_cross_entropy
+from distllm.model.rotary import RotaryTables
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -43,8 +44,10 @@ class GPT(GPTModel):
 
     def __init__(self, *args: Any, vocab_size: int, padded_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, vocab_size=padded_vocab_size, **kwargs)
+        # Megatron 0.16.1 builds both by name; there is no other way to have our own.
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.__class__ = RotaryTables
         if self.post_process:
-            # Megatron 0.16.1 builds it by name; there is no other way to have one of our own.
             self.output_layer.__class__ = OutputLayer
             self.output_layer.num_tokens_in_vocabulary = vocab_size
 

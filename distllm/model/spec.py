@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,7 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from distllm.config.schema import Config, Model, Recompute
 from distllm.model.attention import CausalAttention
-from distllm.model.norm import LayerNorm, RMSNorm, summed_over_sequence
+from distllm.model.layers import Attention, FeedForward, RowParallelLinearWithBias
+from distllm.model.norm import LayerNorm, RMSNorm
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 MEGATRON_NORM_NAMES = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
@@ -89,14 +89,6 @@ def _recompute_arguments(recompute: Recompute) -> dict[str, object]:
     return {"recompute_granularity": "full", **method}
 
 
-class RowParallelLinearWithBias(RowParallelLinear):
-    """Under sequence parallelism the bias is added to parts of the sequence, like a norm (see norm.py)."""
-
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output, bias = super().forward(input_)
-        return output, None if bias is None else summed_over_sequence(bias, self.sequence_parallel)
-
-
 def block_spec(
     model: Model, config: TransformerConfig, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
@@ -107,7 +99,7 @@ def block_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=Attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -119,12 +111,7 @@ def block_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinearWithBias
-                ),
-            ),
+            mlp=FeedForward,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -1,0 +1,130 @@
+"""Causal attention for processors, out of matrix products over blocks of the scores.
+
+PyTorch's own kernel for CPUs (2.13) does its small products at a third of the rate of large ones. Here the
+scores of a block of queries against all keys before them are one product, over as many heads as the cache
+holds, and nothing after the diagonal block is computed. The formulae are FlashAttention's (Dao et al. 2022,
+arXiv:2205.14135, section 3): the backward pass computes the scores again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUERIES_PER_BLOCK = 64
+SCORES_PER_BLOCK = 1 << 18  # 1 MiB in fp32: the cache of one core
+
+
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """query: [seq, batch, heads, head_dim]; key, value: [seq, batch, groups, head_dim]. Returns the shape of
+    query. Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products of processors
+    have no fp32 output; Megatron's attention without fused kernels does the same."""
+    context: Tensor = _BlockedAttention.apply(query, key, value, scale)
+    return context
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Some key/value groups of one sequence, and their query heads."""
+
+    sequence: int
+    groups: slice
+    heads: slice
+    num_groups: int
+    heads_per_group: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[seq, batch, heads, ...] -> [groups, heads per group, seq, ...]."""
+        part = x[:, self.sequence, self.heads].unflatten(1, (self.num_groups, self.heads_per_group))
+        return part.movedim(0, 2)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        context = torch.empty_like(query, memory_format=torch.contiguous_format)
+        normalizer = query.new_empty(query.shape[:3], dtype=torch.float32)  # log-sum-exp of the scores
+        for part in _parts(query, key):
+            queries = part.rows(query * scale)
+            keys = key[:, part.sequence, part.groups].permute(1, 2, 0).contiguous()  # [groups, head_dim, seq]
+            values = value[:, part.sequence, part.groups].transpose(0, 1).contiguous()
+            for rows in _blocks(len(query)):
+                scores = _scores(queries[:, :, rows], keys[:, :, : rows.stop])
+                largest = scores.amax(-1, keepdim=True)
+                scores.sub_(largest).exp_()
+                total = scores.sum(-1, keepdim=True)
+                weighted = torch.bmm(scores.flatten(1, 2).to(query.dtype), values[:, : rows.stop])
+                part.rows(context)[:, :, rows] = weighted.view(*scores.shape[:3], -1).div_(total)
+                part.rows(normalizer)[:, :, rows] = total.log_().add_(largest)[..., 0]
+        ctx.save_for_backward(query, key, value, context, normalizer)
+        ctx.scale = scale
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, context, normalizer = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        # Of each row, what the softmax takes off all of its gradients (the D of the paper).
+        offset = (grad_context.float() * context.float()).sum(-1)  # [seq, batch, heads]
+        for part in _parts(query, key):
+            queries, grads = part.rows(query * ctx.scale), part.rows(grad_context)
+            keys = key[:, part.sequence, part.groups].transpose(0, 1).contiguous()  # [groups, seq, head_dim]
+            values = value[:, part.sequence, part.groups].transpose(0, 1).contiguous()
+            grad_keys, grad_values = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
+            for rows in _blocks(len(query)):
+                seen = slice(0, rows.stop)
+                scores = _scores(queries[:, :, rows], keys[:, seen].transpose(1, 2))
+                probabilities = scores.sub_(part.rows(normalizer)[:, :, rows, None]).exp_()
+                block_grads = grads[:, :, rows].flatten(1, 2)  # [groups, heads per group * rows, head_dim]
+                _add_product(grad_values[:, seen], probabilities, block_grads)
+                grad_scores = torch.bmm(block_grads, values[:, seen].transpose(1, 2)).float()
+                grad_scores = grad_scores.view_as(scores).sub_(part.rows(offset)[:, :, rows, None])
+                grad_scores.mul_(probabilities)
+                by_key = torch.bmm(grad_scores.flatten(1, 2).to(query.dtype), keys[:, seen])
+                part.rows(grad_query)[:, :, rows] = by_key.view(*scores.shape[:3], -1).mul_(ctx.scale)
+                _add_product(grad_keys[:, seen], grad_scores, queries[:, :, rows].flatten(1, 2))
+            grad_key[:, part.sequence, part.groups] = grad_keys.transpose(0, 1)
+            grad_value[:, part.sequence, part.groups] = grad_values.transpose(0, 1)
+        return grad_query, grad_key, grad_value, None
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[_Heads]:
+    """All heads of all sequences, as many at once as the scores of one block allow."""
+    seq, batch, num_heads, _ = query.shape
+    num_groups = key.size(2)
+    heads_per_group = num_heads // num_groups
+    size = max(1, SCORES_PER_BLOCK // (heads_per_group * QUERIES_PER_BLOCK * seq))
+    for sequence in range(batch):
+        for first in range(0, num_groups, size):
+            last = min(first + size, num_groups)
+            heads = slice(first * heads_per_group, last * heads_per_group)
+            yield _Heads(sequence, slice(first, last), heads, last - first, heads_per_group)
+
+
+def _blocks(seq: int) -> Iterator[slice]:
+    for first in range(0, seq, QUERIES_PER_BLOCK):
+        yield slice(first, min(first + QUERIES_PER_BLOCK, seq))
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries: [groups, heads per group, rows, head_dim], the last of the sequence so far; keys: [groups,
+    head_dim, seen]. Returns fp32 [groups, heads per group, rows, seen], -inf for keys in the future."""
+    rows, seen = queries.size(2), keys.size(2)
+    scores = torch.bmm(queries.flatten(1, 2), keys).float().unflatten(1, queries.shape[1:3])
+    future = torch.full((rows, rows), -torch.inf).triu_(1)
+    scores[..., seen - rows :].add_(future)
+    return scores
+
+
+def _add_product(total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """total += weights^T rows. total: fp32 [groups, seen, head_dim]; weights: fp32 [groups, heads per group,
+    rows, seen]; rows: [groups, heads per group * rows, head_dim]."""
+    transposed = weights.flatten(1, 2).to(rows.dtype).transpose(1, 2)
+    if rows.dtype == torch.float32:
+        total.baddbmm_(transposed, rows)
+    else:
+        total.add_(torch.bmm(transposed, rows))

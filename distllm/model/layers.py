@@ -1,0 +1,76 @@
+"""The halves of a layer: Megatron Core's modules, with our arithmetic between their projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from distllm.model.norm import RMSNorm, summed_over_sequence
+from distllm.model.operations import AS_WRITTEN, Operations
+
+
+class RowParallelLinearWithBias(RowParallelLinear):
+    """Under sequence parallelism the bias is added to parts of the sequence, like a norm (see norm.py)."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_)
+        return output, None if bias is None else summed_over_sequence(bias, self.sequence_parallel)
+
+
+class Attention(SelfAttention):
+    """Megatron's takes a dozen passes over queries and keys to split, rotate and copy them."""
+
+    operations: Operations = AS_WRITTEN
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [seq (/tp), batch, hidden]; attention_mask: see CausalAttention; rotary_pos_emb: the
+        tables of RotaryTables. Returns as much as it was given, and a bias that is not added yet."""
+        operations = self.operations if self.training else AS_WRITTEN
+        mixed, _ = self.linear_qkv(hidden_states)  # [seq, batch, (heads + 2 * groups)/tp * head_dim]
+        query, key, value = operations.split_heads(
+            mixed, self.num_query_groups_per_partition, self.hidden_size_per_attention_head, rotary_pos_emb
+        )
+        if self.checkpoint_core_attention and self.training:
+            context = self._checkpointed_attention_forward(query, key, value, attention_mask)
+        else:
+            context = self.core_attention(query, key, value, attention_mask)
+        output, bias = self.linear_proj(context)
+        return output, bias
+
+
+class FeedForward(MLP):
+    """Megatron's adds zero to the whole projection before it multiplies."""
+
+    operations: Operations = AS_WRITTEN
+
+    def __init__(self, config: TransformerConfig) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinearWithBias)
+        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """[seq (/tp), batch, hidden] -> the same, and a bias that is not added yet."""
+        operations = self.operations if self.training else AS_WRITTEN
+        hidden, bias = self.linear_fc1(hidden_states)  # [seq, batch, (2 *) ffn/tp]
+        if bias is not None:
+            hidden = hidden + bias
+        activation = operations.swiglu if self.config.gated_linear_unit else self.config.activation_func
+        output, bias = self.linear_fc2(activation(hidden))
+        return output, bias
+
+
+def use_operations(model: nn.Module, operations: Operations) -> None:
+    """In the training steps of `model`; elsewhere shapes vary, and operations run as they are written."""
+    for module in model.modules():
+        if isinstance(module, Attention | FeedForward | RMSNorm):
+            module.operations = operations

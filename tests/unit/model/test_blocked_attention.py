@@ -1,0 +1,77 @@
+"""Attention in blocks computes what PyTorch's kernel does, and all of its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distllm.model import blocked_attention as module
+from distllm.model.blocked_attention import blocked_attention
+
+HEAD_DIM = 16
+
+
+def expected(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return context.permute(2, 0, 1, 3)
+
+
+def tensors(seq: int, heads: int, groups: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """(query, key and value), and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seq * heads + groups)
+
+    def random(num_heads: int) -> Tensor:
+        return torch.randn(seq, 2, num_heads, HEAD_DIM, generator=generator).to(dtype)
+
+    return [random(heads), random(groups), random(groups)], random(heads)
+
+
+# One block, several, a last one that is short; one head per group and several; all heads at once and one.
+@pytest.mark.parametrize("seq", [1, 40, 64, 200])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("scores_per_block", [1, 1 << 18])
+def test_output_and_gradients(
+    seq: int, heads: int, groups: int, scores_per_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORES_PER_BLOCK", scores_per_block)
+    inputs, gradient = tensors(seq, heads, groups, torch.float32)
+    query, key, value = (x.requires_grad_() for x in inputs)
+    found, wanted = blocked_attention(query, key, value, 0.3), expected(query, key, value, 0.3)
+    # fp32 sums over at most 200 keys in another order.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+    for mine, other in zip(
+        torch.autograd.grad(found, inputs, gradient),
+        torch.autograd.grad(wanted, inputs, gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=5e-6)
+
+
+def test_strided_inputs_and_a_scale_of_one() -> None:
+    """As they come out of the projection: views of one tensor."""
+    mixed = torch.randn(70, 2, 3, 4 * HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    query, key, value = (mixed[..., i * HEAD_DIM : (i + 1) * HEAD_DIM] for i in range(3))
+    found = blocked_attention(query, key, value, 1.0)
+    torch.testing.assert_close(found, expected(query, key, value, 1.0), rtol=1e-5, atol=2e-6)
+
+
+def test_bf16_is_within_twice_the_rounding_of_the_kernel() -> None:
+    """Nearly: ours also rounds scores to 8 bits (they are sums of 16 products of normal numbers here, so about 4
+    / 2^9 off, as much as rounding the probabilities costs both); twice the error, and no more."""
+    inputs, gradient = tensors(200, 4, 2, torch.bfloat16)
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        context = function(*leaves, 0.25)
+        return [context.detach(), *torch.autograd.grad(context, leaves, gradient.to(dtype))]
+
+    exact = results(expected, torch.float64)
+    mine, other = results(blocked_attention, torch.bfloat16), results(expected, torch.bfloat16)
+    for my_result, other_result, wanted in zip(mine, other, exact, strict=True):
+        my_error, other_error = ((x.double() - wanted).norm() for x in (my_result, other_result))
+        assert my_error < 2 * other_error

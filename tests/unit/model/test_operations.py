@@ -1,0 +1,101 @@
+"""Operations compute what they say, compiled too; what cannot be compiled runs as it is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distllm.model.layers import use_operations
+from distllm.model.norm import RMSNorm
+from distllm.model.operations import AS_WRITTEN, Operations, compiled
+
+SEQ, BATCH, GROUPS, HEADS_PER_GROUP, HEAD_DIM = 12, 2, 3, 2, 8
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def mixed_and_tables() -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(SEQ), 10.0 ** -torch.arange(HEAD_DIM // 2))
+    tables = torch.stack([angles.cos(), angles.sin()])[:, :, None, None]
+    return random(SEQ, BATCH, GROUPS * (HEADS_PER_GROUP + 2) * HEAD_DIM), tables
+
+
+def never(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_heads_are_split_and_rotated() -> None:
+    """By complex numbers: dims i and i + head_dim/2 are one, turned by the position times a frequency."""
+    mixed, tables = mixed_and_tables()
+    query, key, value = AS_WRITTEN.split_heads(mixed, GROUPS, HEAD_DIM, tables)
+    by_group = mixed.view(SEQ, BATCH, GROUPS, HEADS_PER_GROUP + 2, HEAD_DIM)
+    turns = torch.complex(tables[0], tables[1])
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        result = torch.complex(first, second) * turns
+        return torch.cat([result.real, result.imag], -1)
+
+    torch.testing.assert_close(query, turned(by_group[:, :, :, :-2].flatten(2, 3)))
+    torch.testing.assert_close(key, turned(by_group[:, :, :, -2]))
+    assert torch.equal(value, by_group[:, :, :, -1])
+    plain = AS_WRITTEN.split_heads(mixed, GROUPS, HEAD_DIM, None)
+    assert torch.equal(plain[0], by_group[:, :, :, :-2].flatten(2, 3))
+
+
+@pytest.fixture(scope="module")
+def operations() -> Operations:
+    return compiled(never)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "split_heads"])
+def test_compiled_operations_compute_the_same(name: str, operations: Operations) -> None:
+    mixed, tables = mixed_and_tables()
+    arguments: dict[str, tuple[Any, ...]] = {
+        "rms_norm": (mixed, random(mixed.size(-1)), 1e-5),
+        "swiglu": (mixed,),
+        "split_heads": (mixed, GROUPS, HEAD_DIM, tables),
+    }
+    mixed.requires_grad_()
+    results = []
+    for source in (AS_WRITTEN, operations):
+        outputs = getattr(source, name)(*arguments[name])
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = [random(*output.shape) for output in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, mixed, weights)])
+    for found, wanted in zip(*results, strict=True):
+        # fp32, with sums in another order and other approximations of exp.
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_what_cannot_be_compiled_runs_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **_: Any) -> Any:
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("no C++ compiler\nand much more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    told: list[str] = []
+    swiglu = compiled(told.append).swiglu
+    x = random(4, 6)
+    for _ in range(2):
+        assert torch.equal(swiglu(x), AS_WRITTEN.swiglu(x))
+    assert told == ["swiglu runs as it is written: not compiled: no C++ compiler"]
+
+
+def test_only_steps_of_training_use_them() -> None:
+    class Config:
+        sequence_parallel = False
+        params_dtype = torch.float32
+
+    norm = RMSNorm(Config(), 8)
+    use_operations(nn.Sequential(norm), Operations(rms_norm=lambda x, weight, epsilon: x * 0))
+    x = random(3, 8)
+    assert not norm.train()(x).any()
+    assert norm.eval()(x).any()
