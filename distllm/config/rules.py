@@ -17,6 +17,7 @@ from typing import Any
 from distllm.config import data_rules
 from distllm.config.layout_rules import LAYOUT_RULES, Rule
 from distllm.config.problems import Problem
+from distllm.config.profile import profiled_steps
 from distllm.config.schema import Config
 
 OLDEST_TORCH = (2, 11)
@@ -173,6 +174,19 @@ def _gradient_accumulation(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("train.gradient_accumulation", kind, rule, fix)
 
 
+def _profile(config: Config, _: int) -> Iterator[Problem]:
+    text, steps = config.train.profile, config.train.steps
+    fix = f"train.profile={max(1, min(3, steps - 1))}:{max(1, min(3, steps - 1)) + 2}, or train.profile=null"
+    try:
+        window = profiled_steps(text)
+    except ValueError:
+        rule = "must be START:STOP, two integers with 0 < START < STOP: steps START to STOP - 1"
+        yield Problem("train.profile", text, rule, fix)
+        return
+    if window and window.start > steps:
+        yield Problem("train.profile", text, f"must begin at or before train.steps={steps}", fix)
+
+
 def _tokenizer_path(config: Config, _: int) -> Iterator[Problem]:
     kind, path = config.tokenizer.kind, config.tokenizer.path
     if kind == "huggingface" and not path:
@@ -301,6 +315,7 @@ _TRAIN_RULES: tuple[Rule, ...] = (
     _gradient_accumulation,
     _bucket_size,
     _kept_checkpoints,
+    _profile,
 )
 # Each verb answers for the sections that it uses: `generate` and `export` take the model from a checkpoint.
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -188,6 +188,8 @@ class Train:
         ten seconds at the first start on a machine, then two, and needs Triton, or on a CPU a C++ compiler.
     validation_interval: steps between validations; 0 means never.
     validation_sequences: sequences in one validation, or all there are if they are fewer.
+    profile: `START:STOP` traces the steps from START to before STOP, as `step` in metrics.jsonl counts them;
+        None means none.
     """
 
     steps: PositiveInt
@@ -199,6 +201,7 @@ class Train:
     compile: bool
     validation_interval: NonNegativeInt
     validation_sequences: PositiveInt
+    profile: str | None
 
 
 @dataclass(frozen=True, config=STRICT)

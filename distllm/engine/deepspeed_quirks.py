@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import safe_set_full_grad
 from torch import Tensor, nn
 
+from distllm.engine.engine import Verdict
 from distllm.engine.zero_state import owned_range
 from distllm.layout.place import Place
 
@@ -98,54 +100,68 @@ def set_tied_gradient(zero_optimizer: Any, parameter: Any, gradient: Tensor, is_
         norms[zero_optimizer.get_param_id(parameter)] = part.float().norm()
 
 
+def mask_norms_on_the_device() -> None:
+    """DeepSpeed copies a -1 from the host for each norm that it takes, and so waits for the device."""
+
+    def mask(norm: Tensor, device: object = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~torch.isfinite(norm), val)
+
+    for module in ("utils", "zero.stage_1_and_2", "zero.stage3"):
+        importlib.import_module(f"deepspeed.runtime.{module}").mask_nan_or_inf_with_val_inplace = mask  # type: ignore[attr-defined]
+
+
 class NormJudge:
-    """Asks `allows(norm)` between the gradient norm and the update; what is refused does not happen.
+    """Asks the step's verdict between the gradient norm and the update. What is refused does not happen.
 
     DeepSpeed's three classes skip an update, and drop its gradients, when the norm is not finite: where the
-    judge refuses, they see infinity. norm: the true one of the last step, NaN where it is not finite.
+    verdict is no, they see infinity. They look at the norm again and again, also once the update has begun;
+    what they see lies in host memory, so that only the verdict waits for the device.
     """
 
+    verdict: Verdict
+
     def __init__(self, zero_optimizer: Any, stage: int) -> None:
-        self.allows: Callable[[float], bool] = lambda norm: True
-        self.norm = math.nan
+        self._zero_optimizer = zero_optimizer
+        self._is_overflown: Tensor | None = None  # [1], equal on all ranks
         if stage == 3:
             norm_groups = zero_optimizer._get_norm_groups
-            zero_optimizer._get_norm_groups = lambda: self._judged(
-                groups := norm_groups(), combine_grad_norm_groups(groups)
-            )
+            zero_optimizer._get_norm_groups = lambda: [self._judged(combine_grad_norm_groups(norm_groups()))]
         elif hasattr(zero_optimizer, "scaled_global_norm"):
             global_norm = zero_optimizer.scaled_global_norm
-            zero_optimizer.scaled_global_norm = lambda: self._judged([norm := global_norm()], norm)[0]
+            zero_optimizer.scaled_global_norm = lambda: self._judged(global_norm())
+            zero_optimizer.check_overflow = self._note_overflow
         else:
-            self._wrap_bf16_optimizer(zero_optimizer)
+            self._judge_bf16_optimizer(zero_optimizer)
+
+    def _judge_bf16_optimizer(self, zero_optimizer: Any) -> None:
+        module: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
         step = zero_optimizer.step
 
-        def forget_and_step(*arguments: Any, **keywords: Any) -> None:
-            self.norm = math.nan  # which stays where DeepSpeed finds infinities before it takes the norm
-            step(*arguments, **keywords)
+        def judged_norm(**arguments: Any) -> Tensor:
+            return self._judged(get_global_norm_of_tensors(**arguments))
 
-        zero_optimizer.step = forget_and_step
+        def judged_step() -> None:
+            module.get_global_norm_of_tensors = judged_norm  # each time: other engines have their own
+            step()
 
-    def _wrap_bf16_optimizer(self, zero_optimizer: Any) -> None:
-        gradients_for_norm = zero_optimizer.get_grads_for_norm
+        zero_optimizer.step = judged_step
 
-        def judged(for_clipping: bool = False) -> Any:
-            result = gradients_for_norm(for_clipping)
-            if for_clipping:
-                return result
-            gradients, expert_gradients = result
-            norm = get_global_norm_of_tensors(
-                gradients, mpu=zero_optimizer.mpu, norm_type=zero_optimizer.norm_type
-            )
-            return self._judged(gradients, norm), expert_gradients
+    def _note_overflow(self, partition_gradients: bool = True) -> None:
+        """In place of `check_overflow`, which reads from the device whether any gradient is not finite; this
+        finds what the norm does not, such as NaN in the replica of a parameter that is counted elsewhere."""
+        zero = self._zero_optimizer
+        if zero.cpu_offload:
+            found = torch.full((1,), float(zero.local_overflow), device=zero.device)
+        else:
+            found = zero.has_overflow_partitioned_grads_serial().float()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=zero.dp_process_group)
+        zero._model_parallel_all_reduce(tensor=found, op=dist.ReduceOp.MAX)
+        self._is_overflown = found.bool()
 
-        zero_optimizer.get_grads_for_norm = judged
-
-    def _judged(self, values: list[Tensor], norm: Tensor | float) -> list[Tensor]:
-        """`values`, or infinity in their place. DeepSpeed says -1 for a norm that is not finite."""
-        value = float(norm)
-        self.norm = value if value >= 0 and math.isfinite(value) else math.nan
-        if self.allows(self.norm):
-            return values
-        device = norm.device if isinstance(norm, Tensor) else None
-        return [torch.tensor(math.inf, device=device)]
+    def _judged(self, norm: Tensor) -> Tensor:
+        """The norm, or infinity, in host memory. DeepSpeed says -1 for a norm that is not finite."""
+        is_wrong = ~torch.isfinite(norm) | (norm < 0)
+        if self._is_overflown is not None:
+            is_wrong = is_wrong | self._is_overflown.reshape(()).to(norm.device)
+        is_allowed = self.verdict.allows(norm.masked_fill(is_wrong, math.nan))
+        return torch.tensor(self.verdict.result.grad_norm if is_allowed else math.inf, dtype=norm.dtype)

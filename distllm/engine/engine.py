@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distllm.engine.gradient_watch import GradientWatch
+from distllm.engine.phases import Phases
 from distllm.engine.pipeline import Microbatch, all_logits, loss_sums, train_loss
 from distllm.engine.tied import copy_from_first_stage
 from distllm.layout.fragment import Fragment
@@ -53,10 +54,47 @@ class StepResult:
     wants_stop: bool = False
 
 
+class Verdict:
+    """Whether a step happens: asked once, between the gradient norm and the update.
+
+    combined: [sum of the data-parallel ranks' losses, number of ranks that want to stop], equal on all ranks.
+    """
+
+    def __init__(self, combined: Tensor, num_data_parallel: int, limits: Limits) -> None:
+        self._combined = combined
+        self._num_data_parallel = num_data_parallel
+        self._limits = limits
+        self._result: StepResult | None = None
+
+    @property
+    def result(self) -> StepResult:
+        assert self._result is not None, "the optimizer has not asked whether the step may happen"
+        return self._result
+
+    def allows(self, grad_norm: Tensor) -> bool:
+        """grad_norm: one element, NaN where it is not known because a gradient is not finite."""
+        assert self._result is None, "a step is judged once"
+        loss_sum, num_stops, norm = wait_for_verdict(self._combined, grad_norm)
+        loss = loss_sum / self._num_data_parallel
+        self._result = StepResult(loss, norm, self._limits.allow(loss, norm), num_stops > 0)
+        return self._result.is_applied
+
+
+def wait_for_verdict(combined: Tensor, grad_norm: Tensor) -> list[float]:
+    """The one place of a step where the host waits for the device: all that it must know in one copy.
+
+    fp64 holds each as it is. With NCCL a hang shows here (runtime/activity.py).
+    """
+    norm = grad_norm.detach().to(combined.device).double().reshape(1)
+    numbers: list[float] = torch.cat([combined.double(), norm]).tolist()
+    return numbers
+
+
 class Engine(ABC):
     """Weights, gradients and optimizer of this rank. Every method is called on all ranks alike.
 
     chunks: what the schedule calls, one module per model chunk of this rank. places: of all parameters.
+    phases: times the steps; who runs them says where one ends.
     tied: this rank's copy of an embedding that is tied across stages. is_split: a parameter's fp32 weights
     and optimizer states are shared out over the data-parallel ranks.
     """
@@ -72,6 +110,7 @@ class Engine(ABC):
         self.groups = groups
         self.device = next(iter(places)).device
         self.gradient_watch = GradientWatch(places)
+        self.phases = Phases(self.device)
 
     def train_step(
         self,
@@ -87,22 +126,22 @@ class Engine(ABC):
         """
         self.gradient_watch.begin_step()
         self._begin_step(len(microbatches))
-        local_loss = train_loss(self.chunks, microbatches, self.groups)
-        loss, is_stopping = self._combine(local_loss, wants_stop)
+        local_loss = train_loss(self.chunks, microbatches, self.groups, self.phases)
         self.gradient_watch.local_loss = local_loss
-        grad_norm, is_applied = self._optimizer_step(
-            learning_rate, lambda grad_norm: limits.allow(loss, grad_norm)
-        )
-        return StepResult(loss, grad_norm, is_applied, is_stopping)
+        with self.phases.phase("optimizer"):
+            combined = self._combine(local_loss, wants_stop)
+            verdict = Verdict(combined, self.groups.grid.data, limits)
+            self._optimizer_step(learning_rate, verdict)
+        return verdict.result
 
-    def _combine(self, local_loss: Tensor, wants_stop: bool) -> tuple[float, bool]:
-        """Mean loss over the data-parallel ranks, and whether any rank of the world wants to stop."""
-        combined = torch.stack([local_loss.float(), local_loss.new_tensor(float(wants_stop)).float()])
+    def _combine(self, local_loss: Tensor, wants_stop: bool) -> Tensor:
+        """[sum of losses over the data-parallel ranks, number of ranks of the world that want to stop]."""
+        # Filled on the device: a copy from the host would wait for it.
+        stop = torch.full_like(local_loss, float(wants_stop), dtype=torch.float32)
+        combined = torch.stack([local_loss.float(), stop])
         dist.all_reduce(combined, group=self.groups.data)
-        stops = combined[1:]
-        dist.all_reduce(stops, group=self.groups.model)
-        loss, num_stops = combined.tolist()
-        return loss / self.groups.grid.data, num_stops > 0
+        dist.all_reduce(combined[1:], group=self.groups.model)
+        return combined
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """[sum of losses in nats, number of labels] of all ranks' microbatches, by their weights."""
@@ -148,10 +187,10 @@ class Engine(ABC):
         """Called before the first forward pass of a training step."""
 
     @abstractmethod
-    def _optimizer_step(self, learning_rate: float, allows: Callable[[float], bool]) -> tuple[float, bool]:
-        """Reduce what is not reduced yet, and if `allows(norm)`, clip and update.
+    def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
+        """Reduce what is not reduced yet, and if `verdict.allows(norm)`, clip and update.
 
-        Returns the global gradient norm before clipping, and whether the update happened.
+        norm: of all gradients, before clipping. What follows the verdict must not wait for the device.
         """
 
     @abstractmethod

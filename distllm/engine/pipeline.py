@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from distllm.config.stages import microbatch_group_size
+from distllm.engine.phases import Phases
 from distllm.layout.groups import Groups
 
 
@@ -58,7 +59,9 @@ class Microbatch:
         return (flat - starts[document]).view(batch, seq)
 
 
-def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups) -> Tensor:
+def train_loss(
+    chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups, phases: Phases
+) -> Tensor:
     """Forward and backward over all microbatches; gradients are those of the mean loss over them.
 
     With weights it is sum(weight * loss) / sum(weight) over the global batch, whose mean over the
@@ -69,16 +72,21 @@ def train_loss(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], 
     over this data-parallel rank's microbatches (with weights: its part, such that the mean over the ranks is
     the loss), on every stage.
     """
-    microbatches = _normalize_weights(microbatches, groups)
+    with phases.phase("forward"):
+        microbatches = _normalize_weights(microbatches, groups)
 
     def weighted(loss: Tensor, _: Microbatch) -> tuple[Tensor, Tensor]:
         return loss, loss.detach().clone()  # Megatron divides the first in place
 
-    losses = _run(_loss_step(weighted, is_weighted=True), chunks, microbatches, groups, forward_only=False)
+    forward_step = _loss_step(weighted, is_weighted=True)
+    losses = _run(forward_step, chunks, microbatches, groups, forward_only=False, phases=phases)
     mean_loss = (
         torch.stack(losses).mean() if losses else microbatches[0].tokens.new_zeros((), dtype=torch.float32)
     )
-    return from_last_stage(mean_loss, groups)
+    if groups.grid.pipeline == 1:
+        return mean_loss
+    with phases.phase("pipeline_wait"):
+        return from_last_stage(mean_loss, groups)
 
 
 def _normalize_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
@@ -92,7 +100,8 @@ def _normalize_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Se
     assert len(weights) == len(microbatches), "only some microbatches have weights"
     total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
     dist.all_reduce(total, group=groups.data)
-    scale = torch.where(total > 0, len(microbatches) * groups.grid.data / total, 0.0).float()
+    # Not `where` with a number, which is copied to the device, and that waits for the device.
+    scale = (len(microbatches) * groups.grid.data / total).masked_fill(total <= 0, 0.0).float()
     return [replace(batch, weights=w.float() * scale) for batch, w in zip(microbatches, weights, strict=True)]
 
 
@@ -192,8 +201,11 @@ def _run(
     microbatches: Sequence[Microbatch],
     groups: Groups,
     forward_only: bool,
+    phases: Phases | None = None,
 ) -> list[Tensor]:
     """What the last stage's loss function returned for each microbatch; empty on other stages."""
+    for chunk in chunks:
+        chunk.config.timers = phases.megatron_timers if phases else None  # type: ignore[union-attr]
     micro_batch_size, seq_plus_one = microbatches[0].tokens.shape
     if groups.num_chunks > 1:
         # Megatron's default, the number of stages, takes only multiples of it as numbers of microbatches.

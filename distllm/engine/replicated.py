@@ -7,14 +7,14 @@ a norm that counts replicated parameters on one pipeline stage only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distllm.config.schema import Config
-from distllm.engine.engine import Engine
+from distllm.engine.engine import Engine, Verdict
 from distllm.engine.optimizer import create_adamw
 from distllm.engine.tied import tied_copy
 from distllm.layout.fragment import Fragment
@@ -52,11 +52,11 @@ class ReplicatedEngine(Engine):
         self.flat_gradient.zero_()
 
     @torch.no_grad()
-    def _optimizer_step(self, learning_rate: float, allows: Callable[[float], bool]) -> tuple[float, bool]:
+    def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
         self._reduce_gradients()
         grad_norm = self._global_grad_norm()
-        if not allows(grad_norm.item()):
-            return grad_norm.item(), False
+        if not verdict.allows(grad_norm):
+            return
         if self.clip_grad > 0:
             # 1e-6 as in torch.nn.utils.clip_grad_norm_ and DeepSpeed: the stages must clip alike.
             self.flat_gradient.mul_(torch.clamp(self.clip_grad / (grad_norm + 1e-6), max=1.0))
@@ -68,7 +68,6 @@ class ReplicatedEngine(Engine):
         if self.flat_gradient.dtype != torch.float32:
             self.optimizer.zero_grad(set_to_none=True)  # the fp32 copies, as large as the masters
         self._refresh_working_weights()
-        return grad_norm.item(), True
 
     def _reduce_gradients(self) -> None:
         """Mean over the data-parallel ranks, in buckets: one huge message would need as huge a workspace."""

@@ -21,11 +21,12 @@ from distllm.engine.deepspeed_quirks import (
     NormJudge,
     count_replicas_once,
     forward_in_flight_counters,
+    mask_norms_on_the_device,
     quieten,
     reset_trace_once_per_step,
     set_tied_gradient,
 )
-from distllm.engine.engine import Engine
+from distllm.engine.engine import Engine, Verdict
 from distllm.engine.optimizer import create_adamw
 from distllm.engine.tied import tied_copy
 from distllm.engine.zero_state import refresh_working_weights, state_owners, zero_fragments
@@ -47,6 +48,7 @@ class ZeroEngine(Engine):
         groups: Groups,
     ) -> None:
         quieten()
+        mask_norms_on_the_device()
         self.stage: int = config.zero.stage
         self.is_offloaded = config.zero.offload_optimizer
         self.tied = tied_copy(places, groups, config.model.tie_embeddings)
@@ -119,15 +121,15 @@ class ZeroEngine(Engine):
             return self.num_backwards[index] == self.num_microbatches
         return all(number == self.num_microbatches for number in self.num_backwards)
 
-    def _optimizer_step(self, learning_rate: float, allows: Callable[[float], bool]) -> tuple[float, bool]:
+    def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
         assert set(self.num_backwards) == {self.num_microbatches}, "some backward passes did not happen"
         self._add_up_tied_gradients()
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        self.norm_judge.allows = allows
+        self.norm_judge.verdict = verdict
         self.deepspeed.step()
-        return self.norm_judge.norm, not self.zero_optimizer.overflow
+        assert verdict.result.is_applied == (not self.zero_optimizer.overflow), "DeepSpeed judged otherwise"
 
     def _add_up_tied_gradients(self) -> None:
         """Both copies of a tied embedding get the sum of their gradients, wherever ZeRO keeps these."""
@@ -187,6 +189,8 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
         "steps_per_print": None,
         "zero_optimization": section,
         "zero_force_ds_cpu_optimizer": False,  # our AdamW runs where the states are
+        # It synchronizes with the device at each forward pass, for a rate that nobody reads.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     if config.train.precision == "bf16":
         # BF16_Optimizer (stage 1) would keep all bf16 gradients beside their fp32 sums until the step.

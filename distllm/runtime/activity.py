@@ -92,13 +92,13 @@ def collective_of(places: Sequence[Place]) -> str | None:
     """The collective or message that the training thread waits for; None if it is at something else.
 
     gloo's calls block in these files. With NCCL the thread waits where a result is read, which the engine
-    does in `_combine`; what autograd's own threads wait for is not seen.
+    does in `wait_for_verdict`; what autograd's own threads wait for is not seen.
     """
     for depth, place in enumerate(places[:8]):
         if place.file.endswith(WAITING_FILES) or any(part in place.file for part in WAITING_FOLDERS):
             outer = [p.function for p in places[depth:] if any(part in p.file for part in WAITING_FOLDERS)]
             named = [function for function in outer if function != "wrapper"]
             return named[-1] if named else place.function
-        if place.function == "_combine":
-            return "combine loss"
+        if place.function == "wait_for_verdict":
+            return "loss and gradient norm of the step"
     return None

@@ -12,7 +12,9 @@ from distllm.runtime.launcher import seconds_since_start
 from distllm.trainer.evaluate import validate
 from distllm.trainer.guards import limits
 from distllm.trainer.job import Job
+from distllm.trainer.profile import StepProfiler
 from distllm.trainer.recovery import Recovery
+from distllm.trainer.rows import TrainingRows
 from distllm.trainer.state import TrainState
 
 
@@ -20,42 +22,57 @@ def fit(job: Job) -> TrainState:
     """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
     config, reporter = job.config, job.reporter
     state = job.start
-    recovery = Recovery(job)
+    recovery, rows = Recovery(job), TrainingRows(reporter)
     reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
     job.checkpoints.warn_of_short_grace()
-    wants_stop = False
-    while state.step < config.train.steps and not wants_stop:
-        job.stop_request.check_interrupt()
-        state = state.planned(config.train.global_batch_size, config.data.weights_at(state.step))
-        job.ledger.keep(state)
-        began, allowed = time.perf_counter(), limits(state, config.fault)
-        result = train_step(job, state, allowed)
-        wants_stop = result.wants_stop
-        if not result.is_applied:
-            be_patient(job, state)  # a rewind reads a checkpoint
-            state = recovery.after_refusal(result, allowed, state, time.perf_counter() - began)
-            continue
-        recovery.after_success()
-        before, state = (
-            state,
-            state.after_step(
-                config.train.global_batch_size, result.loss, result.grad_norm, config.fault.spike_window
-            ),
-        )
-        reporter.training_row(make_row(job, before, state, result, time.perf_counter() - began))
-        be_patient(job, state)
-        if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
+    saving_seconds, wants_stop = 0.0, False
+    with StepProfiler(job) as profiler:
+        while state.step < config.train.steps and not wants_stop:
+            job.stop_request.check_interrupt()
+            state = state.planned(config.train.global_batch_size, config.data.weights_at(state.step))
+            job.ledger.keep(state)
+            profiler.before_step(state.step + 1)
+            began, allowed = time.perf_counter(), limits(state, config.fault)
+            with profiler.step(state.step + 1):
+                result = train_step(job, state, allowed)
+            seconds, timings = time.perf_counter() - began, job.engine.phases.end_step()
+            profiler.after_step(state.step + 1, seconds, timings)
+            wants_stop = result.wants_stop
+            if not result.is_applied:
+                be_patient(job, state)  # a rewind reads a checkpoint
+                rows.flush()
+                state = recovery.after_refusal(result, allowed, state, seconds)
+                profiler.end_window(state.step + 1)
+                continue
+            recovery.after_success()
+            before, state = state, after_step(job, state, result)
+            row = make_row(job, before, state, result, seconds) | {"checkpoint_seconds": saving_seconds}
+            rows.add(row | ({"profiled": True} if profiler.is_active else {}), timings)
+            be_patient(job, state)
+            if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
+                rows.flush()
+                began = time.perf_counter()
+                validation = validate(job.engine, job.validation, state.step)
+                reporter.validation_row(validation | {"validation_seconds": time.perf_counter() - began})
             began = time.perf_counter()
-            row = validate(job.engine, job.validation, state.step)
-            reporter.validation_row(row | {"validation_seconds": time.perf_counter() - began})
-        job.checkpoints.report()
-        if is_due(state.step, config.checkpoint.interval, config.train.steps):
-            job.checkpoints.save(state, "interval")
-    be_patient(job, state)
-    if wants_stop:
-        job.checkpoints.save_to_stop(state)
-    job.checkpoints.finish()
+            job.checkpoints.report()
+            if is_due(state.step, config.checkpoint.interval, config.train.steps):
+                rows.flush()
+                job.checkpoints.save(state, "interval")
+            saving_seconds = time.perf_counter() - began
+            profiler.end_window(state.step + 1)
+        profiler.stop()
+        rows.flush()
+        be_patient(job, state)
+        if wants_stop:
+            job.checkpoints.save_to_stop(state)
+        job.checkpoints.finish()
     return state
+
+
+def after_step(job: Job, state: TrainState, result: StepResult) -> TrainState:
+    train, window = job.config.train, job.config.fault.spike_window
+    return state.after_step(train.global_batch_size, result.loss, result.grad_norm, window)
 
 
 def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
@@ -63,8 +80,10 @@ def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
     samples = state.samples(job.config.train.global_batch_size)
     job.activity.begin("train", state.step, (samples.start, samples.stop))
     job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
+    with job.engine.phases.phase("data"):
+        microbatches = job.feed.microbatches(state)
     return job.engine.train_step(
-        Noted(job.feed.microbatches(state), job.activity),
+        Noted(microbatches, job.activity),
         rate_of(job, state),
         allowed,
         wants_stop=job.stop_request.reason is not None,

@@ -1,0 +1,34 @@
+"""Rows of training steps, each written when all that it tells is known, in the order of the steps."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from distllm.engine.phases import Timings
+from distllm.metrics.meter import Row
+from distllm.trainer.reporter import Reporter
+
+
+class TrainingRows:
+    """On a GPU the end of an update is known one step later: the host waits for the device once a step, ahead
+    of the update (engine/engine.py), and not for a row."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._waiting: deque[tuple[Row, Timings]] = deque()
+
+    def add(self, row: Row, timings: Timings) -> None:
+        self._waiting.append((row, timings))
+        while self._waiting and self._waiting[0][1].is_complete:
+            self._write_first()
+
+    def flush(self) -> None:
+        """Write all; the host waits for the device. Before whatever must not come ahead of a row: a
+        validation, a checkpoint, which makes the steps before it final, and a rewind, which drops rows."""
+        while self._waiting:
+            self._write_first()
+
+    def _write_first(self) -> None:
+        row, timings = self._waiting.popleft()
+        phases = {f"{phase}_seconds": seconds for phase, seconds in timings.seconds().items()}
+        self._reporter.training_row(row | phases)
