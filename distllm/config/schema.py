@@ -201,7 +201,8 @@ class Train:
     compile: bool
     validation_interval: NonNegativeInt
     validation_sequences: PositiveInt
-    profile: str | None
+    # A number alone is refused by the rule, which tells what to write.
+    profile: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None
 
 
 @dataclass(frozen=True, config=STRICT)

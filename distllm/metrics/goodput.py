@@ -10,6 +10,8 @@ from typing import Any
 from distllm.metrics.format import duration, plural, table
 
 Event = Mapping[str, Any]
+# Of a step, in its order; rows have each as NAME_seconds (engine/phases.py measures them).
+PHASES = ("data", "forward", "backward", "pipeline_wait", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,27 @@ def describe(found: Account) -> str:
         for name, (seconds, note) in parts.items()
     }
     return f"{100 * found.goodput:.1f}% of {duration(found.total)} were productive\n{table(lines)}"
+
+
+def step_account(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean seconds of each phase of a step, and of the `rest` that none of them is; empty where rows tell
+    none. As rank 0 has seen it. Without profiled steps, which are slower."""
+    timed = [row for row in rows if "forward_seconds" in row and not row.get("profiled")]
+    if not timed:
+        return {}
+    phases = {
+        phase: sum(row.get(f"{phase}_seconds", 0.0) for row in timed) / len(timed)
+        for phase in PHASES
+        if any(f"{phase}_seconds" in row for row in timed)
+    }
+    rest = sum(row["step_seconds"] for row in timed) / len(timed) - sum(phases.values())
+    return phases | {"rest": max(0.0, rest)}
+
+
+def describe_step(seconds: Mapping[str, float]) -> str:
+    """The phases of a step as a table; empty where there are none."""
+    total = sum(seconds.values()) or 1.0
+    return table({phase: f"{100 * value / total:5.1f}%  {value:8.4f} s" for phase, value in seconds.items()})
 
 
 def _of(events: Sequence[Event], kind: str) -> list[Event]:

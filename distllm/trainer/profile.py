@@ -141,6 +141,8 @@ class StepProfiler:
         communication = [
             event for event in events if event.name.startswith("gloo:") or "nccl" in event.name.lower()
         ]
+        if self._job.runtime.device.type == "cuda" and not kernels:
+            self._job.reporter.warn("the profile has no kernels: CUPTI is missing or not permitted")
         if kernels:  # with a device, what counts is what its kernels do, not their launches
             communication = [event for event in communication if event.device_type == DeviceType.CUDA]
         return RankProfile(

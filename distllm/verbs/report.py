@@ -7,7 +7,7 @@ from pathlib import Path
 from distllm.config.problems import user_error
 from distllm.config.schema import Config
 from distllm.metrics.format import block
-from distllm.metrics.goodput import account, describe
+from distllm.metrics.goodput import account, describe, describe_step, step_account
 from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.sinks import read_rows
 
@@ -22,10 +22,12 @@ def run(config: Config) -> int:
     kinds: dict[str, int] = {}
     for event in events:
         kinds[event["kind"]] = kinds.get(event["kind"], 0) + 1
+    rows = read_rows(directory.metrics_path)
     sections = {
         "run": str(directory.path),
         "state": f"{status.get('state', 'unknown')}: {status.get('reason', '')}",
-        "time": describe(account(events, read_rows(directory.metrics_path), last_sign)),
+        "time": describe(account(events, rows, last_sign)),
+        "mean step": describe_step(step_account(rows)),
         "events": ", ".join(f"{number} x {kind}" for kind, number in kinds.items()),
     }
     print(block("distllm report", sections))
