@@ -79,7 +79,7 @@ def test_stage_3_waits_once_more_for_a_backward_pass(world: Any) -> None:
 
 
 def test_phases_of_events_make_up_the_step(world: Any) -> None:
-    """On the device, with the host waiting at both ends: forward, backward and optimizer leave little else."""
+    """On the device, the host waiting at both ends: forward, backward and optimizer leave little else."""
     config = jobs.make_config("model.hidden_size=512", "model.seq_length=512", "train.micro_batch_size=8")
     engine = build(config, world.device)
     for step in range(5):
