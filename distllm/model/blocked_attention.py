@@ -21,7 +21,7 @@ SCORES_PER_BLOCK = 1 << 18  # 1 MiB in fp32: the cache of one core
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """query: [seq, batch, heads, head_dim]; key, value: [seq, batch, groups, head_dim]. Returns the shape of
-    query. Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products of processors
+    query. Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products on a CPU
     have no fp32 output; Megatron's attention without fused kernels does the same."""
     context: Tensor = _BlockedAttention.apply(query, key, value, scale)
     return context

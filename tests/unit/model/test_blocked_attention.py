@@ -61,8 +61,8 @@ def test_strided_inputs_and_a_scale_of_one() -> None:
 
 
 def test_bf16_is_within_twice_the_rounding_of_the_kernel() -> None:
-    """Nearly: ours also rounds scores to 8 bits (they are sums of 16 products of normal numbers here, so about 4
-    / 2^9 off, as much as rounding the probabilities costs both); twice the error, and no more."""
+    """Ours also rounds scores to 8 bits. They are sums of 16 products of normal numbers here, so about
+    4 / 2^9 off, as much as rounding the probabilities costs both: twice the error, and no more."""
     inputs, gradient = tensors(200, 4, 2, torch.bfloat16)
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
