@@ -42,9 +42,9 @@ def add_up(parts: Iterable[tuple[Transfer, Amount]]) -> dict[Transfer, Amount]:
 def sent_bytes(kind: str, message_bytes: float, group_size: int) -> float:
     """What one rank of a group puts on the wire for a message, on average over its ranks.
 
-    All-reduce, all-gather and reduce-scatter: the least that any algorithm can do, reached by a ring (Patarasuk
-    & Yuan 2009; the same factors turn time into "bus bandwidth" in NVIDIA's nccl-tests, PERFORMANCE.md). A
-    broadcast or reduce along a chain or tree passes the message on once for each rank but one.
+    All-reduce, all-gather and reduce-scatter: the least that any algorithm can do, reached by a ring
+    (Patarasuk & Yuan 2009; the same factors turn time into "bus bandwidth" in NVIDIA's nccl-tests,
+    doc/PERFORMANCE.md). A broadcast passes the message on once for each rank but one.
     """
     others = (group_size - 1) / group_size
     factors = {

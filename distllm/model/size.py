@@ -8,6 +8,7 @@ from distllm.config.schema import Model
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in fp32
 
+
 @dataclass(frozen=True)
 class ParameterCount:
     """embedding: token and position tables. layers: all layers and the final norm. output: the projection to

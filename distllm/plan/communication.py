@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from distllm.config.schema import Config
 from distllm.layout.grid import Grid
-from distllm.layout.traffic import Amount, Transfer, add_up, sent_bytes
+from distllm.layout.traffic import Amount, Traffic, Transfer, add_up, sent_bytes
 from distllm.model.size import chunks_of_tokens
 from distllm.plan.gradients import BYTES
 from distllm.plan.parameters import numel, stage_parameters
@@ -62,12 +62,23 @@ def group_sizes(grid: Grid) -> dict[str, int]:
     }
 
 
-def rank_sent_bytes(traffic: dict[Transfer, Amount], grid: Grid) -> dict[str, float]:
+def rank_sent_bytes(traffic: Traffic, grid: Grid) -> dict[str, float]:
     """What a rank puts on the wire, by group."""
     sizes, sent = group_sizes(grid), dict[str, float]()
     for (group, kind), amount in traffic.items():
         sent[group] = sent.get(group, 0.0) + sent_bytes(kind, amount.bytes, sizes[group])
     return sent
+
+
+def busiest_stage(config: Config, vocab_size: int, grid: Grid) -> int:
+    """The pipeline stage whose ranks send most; among the first, one in the middle and the last."""
+    last = grid.pipeline - 1
+
+    def sent(stage_index: int) -> float:
+        traffic = rank_traffic(config, vocab_size, grid.data, stage_index)
+        return sum(rank_sent_bytes(traffic, grid).values())
+
+    return max(sorted({0, (last + 1) // 2, last}), key=sent)
 
 
 def _tensor(config: Config, vocab_size: int, stage: Stage) -> Iterator[Part]:
@@ -147,10 +158,10 @@ def _pipeline(config: Config, stage_index: int, num_microbatches: int) -> Iterat
 
 
 def _scalars(config: Config, has_weights: bool) -> Iterator[Part]:
-    """Loss and the wish to stop (`Engine._combine`); the sum of token weights in fp64 (engine/pipeline.py)."""
+    """Loss and the wish to stop (`Engine._combine`); the sum of token weights (engine/pipeline.py)."""
     yield _call("data", "all_reduce", 2 * BYTES["fp32"], 1)
     yield _call("model", "all_reduce", BYTES["fp32"], 1)
-    yield _call("data", "all_reduce", 8, int(has_weights))
+    yield _call("data", "all_reduce", 8, int(has_weights))  # in fp64
 
 
 def _tied(config: Config, vocab_size: int, dp_size: int, stage: Stage) -> Iterator[Part]:

@@ -29,7 +29,8 @@ def gathered_parameters(
     `PartitionedParameterCoordinator.__params_to_release`: a parameter stays after its module has run if it is
     used again before `max_reuse_numel` elements of others are. Prefetching keeps some that come up to
     `zero.bucket_size` later. Embeddings, whose input has no gradient, are let go after every backward pass
-    (`release_backward_leftovers`). Parameters up to `zero.persistence_threshold` are gathered once, after the
+    (`release_backward_leftovers`), and so is the copy of a tied one on the last stage, which is no parameter
+    of the module that uses it. Parameters up to `zero.persistence_threshold` are gathered once, after the
     update.
     """
     uses = list(_uses(config, shapes, stage, stage_index, num_microbatches))
@@ -37,11 +38,11 @@ def gathered_parameters(
     before = [0, *accumulate(sum(sizes[name] for name in use) for use, _ in uses)]
     gathered = []
     last_use: dict[Use, tuple[int, bool]] = {}
-    for position, (use, is_embedding_backward) in enumerate(uses):
+    for position, (use, lets_go) in enumerate(uses):
         last, was_released = last_use.get(use, (-1, True))
         if was_released or before[position] - before[last + 1] >= max_reuse_numel:
             gathered += [sizes[name] for name in use if sizes[name] > config.zero.persistence_threshold]
-        last_use[use] = position, is_embedding_backward
+        last_use[use] = position, lets_go
     persistent = [size for size in sizes.values() if size <= config.zero.persistence_threshold]
     return gathered + persistent
 
@@ -58,7 +59,9 @@ def passes(
     else:
         group = microbatch_group_size(num_microbatches, pipeline)
         starts = range(0, num_microbatches, group)
-        order = [c for s in starts for c in range(num_chunks) for _ in range(min(group, num_microbatches - s))]
+        order = [
+            c for s in starts for c in range(num_chunks) for _ in range(min(group, num_microbatches - s))
+        ]
         warm_up = min(2 * after + (num_chunks - 1) * group, total)
     for position in range(total + warm_up):
         if position < total:
@@ -70,7 +73,7 @@ def passes(
 def _uses(
     config: Config, shapes: Shapes, stage: Stage, stage_index: int, num_microbatches: int
 ) -> Iterator[tuple[Use, bool]]:
-    """Modules in the order in which they run, and whether it is the backward pass of an embedding."""
+    """Modules in the order in which they run, and whether the use lets its parameters go whatever comes."""
     parallel = config.parallel
     forward, backward = {}, {}
     for chunk in range(len(stage.chunks)):
@@ -85,18 +88,27 @@ def _uses(
 
 def _backward(config: Config, unit: list[Use], stage: Stage, chunk: int) -> list[tuple[Use, bool]]:
     first = unit[0][0]
-    if first.startswith("embedding.") and stage.is_first and len(unit[0]) == 1 and unit[-1] != _OUTPUT:
-        return [(use, True) for use in reversed(unit)]
     again: list[Use] = []
     if first.startswith("decoder.layers.") and config.recompute.granularity == "full":
         layer = int(first.split(".")[2])
         number = config.recompute.num_layers
         if number is None or layer - stage.chunks[chunk][0] < number:
             again = unit
-    return [(use, False) for use in [*again, *reversed(unit)]]
+    # A tied output projection lets its table go on a stage of its own; beside the embedding it need not.
+    lets_go = first.startswith("embedding.") or not stage.is_first
+    uses = [*again, *reversed(unit)]
+    return [(use, lets_go and use[0].startswith("embedding.")) for use in uses]
 
 
 _OUTPUT = ("output_layer.weight",)
+_LAYER = (
+    "input_layernorm",
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 
 
 def _modules(shapes: Shapes, stage: Stage, chunk: int) -> list[list[Use]]:
@@ -106,9 +118,7 @@ def _modules(shapes: Shapes, stage: Stage, chunk: int) -> list[list[Use]]:
     if stage.is_first and chunk == 0:
         units.append([(name,) for name in shapes if name.startswith("embedding.")])
     for layer in stage.chunks[chunk]:
-        parts = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj")
-        parts += ("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2")
-        units.append([_named(shapes, f"decoder.layers.{layer}.{part}.") for part in parts])
+        units.append([_named(shapes, f"decoder.layers.{layer}.{module}.") for module in _LAYER])
     if stage.is_last and chunk == len(stage.chunks) - 1:
         output = _OUTPUT if _OUTPUT[0] in shapes else table
         units.append([_named(shapes, "decoder.final_layernorm."), output])

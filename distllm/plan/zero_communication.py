@@ -1,17 +1,19 @@
 """What the data-parallel group sends in one training step, by ZeRO stage. Pure.
 
-Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count for a model of Psi elements 2 Psi sent per rank and
-step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. DeepSpeed 0.19.8 does otherwise at three
-points, which are predicted as they are: stage 2 all-reduces (instead of reduce-scattering) the gradients of
-every microbatch; stage 1 all-reduces once, too, and gathers weights on top; stage 3 keeps what is used again
-within 1e9 elements, so that small models are gathered once per step. In bf16, gradients go as bf16 at stages
-1 to 3 whatever `train.gradient_accumulation` says (`DeepSpeedEngine.communication_data_type`).
+Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count for a model of Psi elements 2 Psi sent per rank
+and step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. DeepSpeed 0.19.8 does otherwise at
+three points, which are predicted as they are: stages 1 and 2 all-reduce gradients instead of scattering them,
+3 Psi in all, and stage 2 does so for every microbatch; stage 3 also scatters those of every microbatch, but
+keeps weights that are used again within 1e9 elements, so that small models are gathered once per step. In
+bf16, gradients go as bf16 at stages 1 to 3 whatever `train.gradient_accumulation` says
+(`DeepSpeedEngine.communication_data_type`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 from distllm.config.schema import Config
 from distllm.layout.traffic import Amount, Transfer
@@ -112,7 +114,8 @@ def _reduced_gradients(
             in_order = sorted(in_order, key=lambda name: not is_decayed(shapes[name]))
         passes, times = [in_order], 1
     else:
-        passes, times = [backward_order(shapes, stage, chunk) for chunk in range(len(stage.chunks))], num_microbatches
+        passes = [backward_order(shapes, stage, chunk) for chunk in range(len(stage.chunks))]
+        times = num_microbatches
     for names in passes:
         calls = sum(
             len(list(_joined(slices[bucket[0]], zero.bucket_size))) if len(bucket) == 1 else 1
@@ -194,7 +197,7 @@ def _slices(shapes: Shapes, dp_size: int) -> dict[str, list[int]]:
                 continue
             end = offset + math.prod(shape)
             cuts = [offset, *range((offset // part + 1) * part, end, part), end]
-            slices[name] = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+            slices[name] = [b - a for a, b in pairwise(cuts)]
             offset = end
     return slices
 

@@ -102,10 +102,63 @@ def test_every_call_and_byte_is_predicted(name: str) -> None:
     degree = 2 ** sum(o in layout for o in (TP, PP)) * (4 if name == "PP4" else 1)
     dp_size = world_size // degree
     cases = [
-        (f"zero.stage={stage}", precision, f"train.micro_batch_size={8 // dp_size // number}", *layout, SMALL_BATCH)
+        (
+            f"zero.stage={stage}",
+            precision,
+            f"train.micro_batch_size={8 // dp_size // number}",
+            *layout,
+            SMALL_BATCH,
+        )
         for stage in (0, 1, 2, 3)
         for precision in ("train.precision=fp32", BF16)
         for number in (1, 2)
         if not (number == 1 and INTERLEAVED in layout)
     ]
     check(world_size, cases)
+
+
+STAGES = [f"zero.stage={stage}" for stage in (0, 1, 2, 3)]
+
+
+def test_one_copy_of_a_tied_embedding_on_each_end_of_a_pipeline() -> None:
+    check(
+        4, [(stage, precision, PP, TIED) for stage in STAGES for precision in ("train.precision=fp32", BF16)]
+    )
+
+
+def test_learned_positions_biases_and_layer_norms() -> None:
+    check(4, [(stage, *GPT2, TP, *sequence) for stage in STAGES for sequence in ((), (SP,))])
+
+
+def test_recomputed_layers_repeat_their_way_forward() -> None:
+    again = [("recompute=full",), ("recompute=full", "recompute.num_layers=1"), ("recompute=selective",)]
+    check(2, [(TP, *how, *sequence) for how in again for sequence in ((), (SP,))])
+    check(4, [("zero.stage=3", PP, *how) for how in again])
+
+
+def test_other_ways_of_zero() -> None:
+    ways = ("zero.overlap_comm=true", "zero.offload_optimizer=true", "zero.persistence_threshold=500")
+    check(2, [(stage, way) for stage in STAGES[1:] for way in ways])
+    check(2, [(stage, BF16, "zero.offload_optimizer=true") for stage in STAGES[1:]])
+    check(2, [(stage, BF16, "train.gradient_accumulation=bf16") for stage in STAGES])
+
+
+def test_parts_that_need_padding_and_parameters_above_a_bucket() -> None:
+    batch = ("train.global_batch_size=6", "train.micro_batch_size=1")
+    check(3, [(stage, *batch, "zero.bucket_size=3000") for stage in STAGES])
+
+
+def test_weights_of_tokens_are_summed() -> None:
+    check(2, [("zero.stage=0",)], True)
+
+
+def test_what_is_not_predicted_is_seen() -> None:
+    """The comparison can fail: a batch of another size sends as many calls, but not as many bytes."""
+    (found,) = run_ranks(2, compare, [(TP, "zero.stage=0")])[0]
+    config = jobs.make_config("zero.stage=0", "model.seq_length=16")
+    config = replace(config, parallel=replace(config.parallel, tensor=2))
+    other = rank_traffic(config, jobs.VOCAB_SIZE, 1, 0, has_weights=False)
+    everything = Transfer("tensor", "all_reduce")
+    assert found.counted == found.predicted
+    assert other[everything].calls == found.counted[everything].calls
+    assert other[everything].bytes * 2 == found.counted[everything].bytes
