@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distllm.bench.local_ranks import run_on_ranks
 from distllm.bench.report import Report, Spread, to_json
@@ -37,7 +37,7 @@ class Layout:
     sequence: bool = False
     pipeline: int = 1
     virtual_pipeline: int = 1
-    zero_stage: int = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
 
     @property
     def data(self) -> int:
@@ -63,20 +63,21 @@ class Layout:
         return replace(config, parallel=parallel, zero=zero)
 
 
+STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 DEFAULT_LAYOUTS = (
     Layout(1),
-    *(Layout(2, zero_stage=stage) for stage in range(4)),
+    *(Layout(2, zero_stage=stage) for stage in STAGES),
     Layout(2, tensor=2),
     Layout(2, tensor=2, sequence=True),
     Layout(2, pipeline=2),
     Layout(2, pipeline=2, virtual_pipeline=2),
-    *(Layout(4, zero_stage=stage) for stage in range(4)),
+    *(Layout(4, zero_stage=stage) for stage in STAGES),
     Layout(4, tensor=2, sequence=True, zero_stage=1),
     Layout(4, pipeline=2, zero_stage=1),
     Layout(4, tensor=2, pipeline=2),
     Layout(4, pipeline=4),
     Layout(8, zero_stage=3),
-    *(Layout(8, tensor=2, pipeline=2, zero_stage=stage) for stage in (0, 1, 3)),
+    *(Layout(8, tensor=2, pipeline=2, zero_stage=stage) for stage in STAGES),
     Layout(8, tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, zero_stage=1),
 )
 
@@ -111,8 +112,8 @@ def run(
         results = run_on_ranks(ranks, measure, configs, vocab_size, steps)
         measured |= {layout: [of_rank[i] for of_rank in results] for i, layout in enumerate(of_size)}
     rows = [_row(layout, measured[layout]) for layout in layouts if layout in measured]
-    results = {"layouts": rows, "refused": {str(layout): why for layout, why in refused.items()}}
-    return Report(_table(rows, results["refused"]), results)
+    reasons = {str(layout): why for layout, why in refused.items()}
+    return Report(_table(rows, reasons), {"layouts": rows, "refused": reasons})
 
 
 def measure(rank: int, configs: Sequence[Config], vocab_size: int, steps: int) -> list[Measured]:

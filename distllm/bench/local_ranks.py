@@ -29,7 +29,8 @@ def run_on_ranks(
 ) -> list[Any]:
     """function(rank, *args) on every rank of a world that is started and stopped around it; results by rank.
 
-    `function` is importable by name. starts_world: else `function` starts and stops it. RuntimeError with the log of a rank that fails or is not done in time.
+    `function` is importable by name. starts_world: else `function` starts and stops it. RuntimeError with the
+    log of a rank that fails or is not done in time.
     """
     with tempfile.TemporaryDirectory(prefix="distllm-ranks-") as name:
         folder = Path(name)
@@ -55,6 +56,7 @@ def _start(rank: int, world_size: int, folder: Path) -> subprocess.Popen[bytes]:
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # to find `function` by name
     }
     with (folder / f"log{rank}").open("wb") as log:

@@ -53,9 +53,10 @@ class TrafficCounter(TorchDispatchMode):
     that they are made of. It costs some microseconds per operation of any kind: do not time what it counts.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups | None) -> None:
+        """groups: None before they exist; then all but the world group count under PyTorch's names."""
         super().__init__()
-        self._names = group_names(groups)
+        self._names = group_names(groups) if groups else {}
         self._counted: list[tuple[Transfer, Amount]] = []
 
     def traffic(self) -> Traffic:
@@ -103,7 +104,7 @@ def message_bytes(tensors: Any) -> int:
     return sum(map(message_bytes, tensors))
 
 
-def schemas() -> list[str]:
+def operators() -> list[str]:
     """Names of all operators through which a process can send, in this version of PyTorch."""
     names: list[str] = torch._C._dispatch_get_all_op_names()
     return [name.removeprefix("c10d::") for name in names if name.startswith("c10d::")]
