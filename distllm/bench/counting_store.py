@@ -18,7 +18,8 @@ class CountingStore(dist.Store):
 
     def __init__(self, store: dist.Store, count: Callable[[], None]) -> None:
         super().__init__()
-        self._store, self._count = store, count
+        self._store: Any = store  # PyTorch declares only a part of its operations
+        self._count = count
 
     def set(self, key: str, value: Any) -> None:
         self._count()
