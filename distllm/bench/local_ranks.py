@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from distllm.runtime.launcher import die_with
+
 LOG_TAIL_CHARACTERS = 3000
 
 
@@ -61,7 +63,7 @@ def _start(rank: int, world_size: int, folder: Path) -> subprocess.Popen[bytes]:
     }
     with (folder / f"log{rank}").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, str(folder)],
+            [sys.executable, "-m", __spec__.name, str(folder), str(os.getpid())],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -112,6 +114,7 @@ def _rendezvous(rank: int, folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    die_with(int(sys.argv[2]))  # else ranks outlive a program that is killed, and hold its processors
     try:
         _main(Path(sys.argv[1]))
     except BaseException:
