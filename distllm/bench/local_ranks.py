@@ -32,7 +32,7 @@ def run_on_ranks(
     """function(rank, *args) on every rank of a world that is started and stopped around it; results by rank.
 
     `function` is importable by name. starts_world: else `function` starts and stops it. RuntimeError with the
-    log of a rank that fails or is not done in time.
+    logs of the ranks that fail or are not done in time.
     """
     with tempfile.TemporaryDirectory(prefix="distllm-ranks-") as name:
         folder = Path(name)
@@ -78,9 +78,13 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: 
         time.sleep(0.05)
     failed = [rank for rank, process in enumerate(processes) if process.poll()]
     late = [rank for rank, process in enumerate(processes) if process.poll() is None]
-    for rank in failed + late:
-        text = (folder / f"log{rank}").read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
-        raise RuntimeError(f"rank {rank} {'failed' if failed else 'is not done in time'}:\n{text}")
+    texts = [
+        f"rank {rank} {'failed' if failed else 'is not done in time'}:\n"
+        + (folder / f"log{rank}").read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
+        for rank in failed or late
+    ]
+    if texts:
+        raise RuntimeError("\n".join(texts))
 
 
 def _main(folder: Path) -> None:
