@@ -22,7 +22,8 @@ MAY_IMPORT = {
     **{sibling: {"config", "layout", "runtime"} for sibling in SIBLINGS},
     "plan": {"config", "layout", "model"},
     "trainer": {"config", "layout", "runtime", "plan"} | SIBLINGS,
-    "verbs": {"config", "layout", "runtime", "plan", "trainer"} | SIBLINGS,
+    "bench": {"config", "layout", "runtime", "plan", "trainer"} | SIBLINGS,
+    "verbs": {"config", "layout", "runtime", "plan", "trainer", "bench"} | SIBLINGS,
     "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {
@@ -78,6 +79,8 @@ def test_imports_follow_the_arrows(file: Path) -> None:
         ("model/spec.py", "import deepspeed"),
         ("verbs/train.py", "from omegaconf import OmegaConf"),
         ("config/sweep.py", "import hydra"),
+        ("bench/layouts.py", "from distllm.verbs import check"),
+        ("trainer/loop.py", "from distllm.bench import layouts"),
     ],
 )
 def test_a_broken_arrow_is_seen(path: str, source: str) -> None:
