@@ -22,7 +22,8 @@ MAY_IMPORT = {
     **{sibling: {"config", "layout", "runtime"} for sibling in SIBLINGS},
     "plan": {"config", "layout", "model"},
     "trainer": {"config", "layout", "runtime", "plan"} | SIBLINGS,
-    "verbs": {"config", "layout", "runtime", "plan", "trainer"} | SIBLINGS,
+    "bench": {"config", "layout", "runtime", "plan", "trainer"} | SIBLINGS,
+    "verbs": {"config", "layout", "runtime", "plan", "trainer", "bench"} | SIBLINGS,
     "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {
