@@ -19,7 +19,9 @@ import ast
 import dataclasses
 import json
 import os
+import random
 import select
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -32,10 +34,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from harness import free_port
 
 from distllm.metrics.environment import describe_environment
 
@@ -63,27 +61,27 @@ LOG_TAIL = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """file: in tests/bench/peers. needs_venv: stands on packages that we do not use."""
+    """file: in tests/bench/peers. needs_venv: stands on packages of requirements.txt there."""
 
     file: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    needs_venv: bool = True
+    needs_venv: bool = False
 
 
 ONE_RANK = {
-    OURS: Program("ours.py", needs_venv=False),
-    "bare loop, distllm's model": Program("bare.py", needs_venv=False),
+    OURS: Program("ours.py"),
+    "bare loop, distllm's model": Program("bare.py"),
     "transformers": Program("huggingface.py"),
     "transformers, compiled": Program("huggingface.py", {"compile": True}),
-    "transformers Trainer": Program("huggingface_trainer.py"),
-    "LitGPT": Program("litgpt_fabric.py"),
-    "LitGPT, loss in one": Program("litgpt_fabric.py", {"loss": {"chunk_size": 0}}),
-    "LitGPT, compiled": Program("litgpt_fabric.py", {"compile": True}),
+    "transformers Trainer": Program("huggingface_trainer.py", needs_venv=True),
+    "LitGPT": Program("litgpt_fabric.py", needs_venv=True),
+    "LitGPT, loss in one": Program("litgpt_fabric.py", {"loss": {"chunk_size": 0}}, needs_venv=True),
+    "LitGPT, compiled": Program("litgpt_fabric.py", {"compile": True}, needs_venv=True),
 }
 TWO_RANKS = {
-    OURS: Program("ours.py", {"zero_stage": 1}, needs_venv=False),
-    "distllm ZeRO-2": Program("ours.py", {"zero_stage": 2}, needs_venv=False),
-    "distllm ZeRO-3": Program("ours.py", {"zero_stage": 3}, needs_venv=False),
+    OURS: Program("ours.py", {"zero_stage": 1}),
+    "distllm ZeRO-2": Program("ours.py", {"zero_stage": 2}),
+    "distllm ZeRO-3": Program("ours.py", {"zero_stage": 3}),
     "transformers, ZeRO-1": Program("huggingface_deepspeed.py", {"zero_stage": 1}),
     "transformers, ZeRO-2": Program("huggingface_deepspeed.py", {"zero_stage": 2}),
     "transformers, ZeRO-3": Program("huggingface_deepspeed.py", {"zero_stage": 3}),
@@ -115,10 +113,11 @@ class Contestant:
     def __init__(self, name: str, program: Program, job: dict[str, Any], setup: Setup, folder: Path) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        python = setup.venv_python if program.needs_venv else Path(sys.executable)
+        python = setup.venv_python if program.needs_venv else sys.executable
+        assert python, "an environment was made for the programs that need one"
         command = [str(python), "-W", "ignore", str(PROGRAMS / program.file)]
         command.append(json.dumps(job | {"options": program.options | setup.options(name)}))
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
         self.ranks = [
             subprocess.Popen(
                 command,
@@ -171,9 +170,10 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """threads: of each rank. overrides: of distllm's own config, for our programs."""
+    """venv_python: where programs run that need the peers' packages. threads: of each rank. overrides: of
+    distllm's own config, for our programs."""
 
-    venv_python: Path
+    venv_python: Path | None
     num_ranks: int
     threads: int
     overrides: list[str]
@@ -196,6 +196,15 @@ def environment(setup: Setup) -> dict[str, str]:
 def rank_of(rank: int, setup: Setup) -> dict[str, str]:
     ranks = str(setup.num_ranks)
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+
+
+def unused_port() -> int:
+    """Below the ports that the kernel gives out by itself: those may be taken before the ranks listen."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def make_venv(folder: Path) -> Path:
@@ -241,19 +250,28 @@ def run_case(
         job["weights"] = str(write_weights(job | {"precision": "fp32"}, setup, folder))
         failures: dict[str, str] = {}
         warm: dict[str, Answer] = {}
-        alive: list[Contestant] = []
-        for name, program in programs.items():  # one after another: each has the cores to itself at its start
-            contestant = Contestant(name, program, job, setup, folder)
-            stack.callback(contestant.close)
+        alive: dict[str, Contestant] = {}
+
+        def ask(name: str, steps: int) -> Answer | None:
+            """0 steps: for the answer after the warm-up. None: it has failed, and has no further turn."""
             try:
-                warm[name] = contestant.answer()
-                alive.append(contestant)
-                say(f"{case} {precision}: {name} is ready after {warm[name].startup_seconds:.1f} s")
+                return alive[name].grant(steps) if steps else alive[name].answer()
             except FailedError as error:
-                failures[name] = str(error)
                 say(str(error))
-        turns = [{c.name: c.grant(arguments.steps) for c in alive} for _ in range(arguments.turns)]
-    rows = list(_rows(programs, warm, turns, tokens))
+                failures[name] = str(error)
+                del alive[name]
+                return None
+
+        for name, program in programs.items():  # one after another: each has the cores to itself at its start
+            alive[name] = Contestant(name, program, job, setup, folder)
+            stack.callback(alive[name].close)
+            if answer := ask(name, 0):
+                warm[name] = answer
+                say(f"{case} {precision}: {name} is ready after {answer.startup_seconds:.1f} s")
+        turns = [{name: ask(name, arguments.steps) for name in list(alive)} for _ in range(arguments.turns)]
+    whole = [{name: answer for name, answer in turn.items() if answer} for turn in turns]
+    sound = {name: answer for name, answer in warm.items() if name in alive}
+    rows = list(_rows(programs, sound, whole, tokens))
     lost = [{"contestant": name, "failed": reason} for name, reason in failures.items()]
     return [{"case": case, "precision": precision, **row} for row in rows + lost]
 
@@ -378,7 +396,7 @@ def main() -> int:
         return 2
     cores = len(os.sched_getaffinity(0))
     setup = Setup(
-        make_venv(arguments.venv),
+        make_venv(arguments.venv) if any(known[name].needs_venv for name in names) else None,
         arguments.ranks,
         arguments.threads or max(1, cores // arguments.ranks),
         arguments.ours.split(),
