@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in fp32
+from distllm.model.size import LOGITS_PER_CHUNK, tokens_per_chunk
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _WeightedLoss(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Ranges of tokens, of equal length but for the last."""
-    num_tokens, size = len(hidden), max(256, LOGITS_PER_CHUNK // len(weight))
+    num_tokens, size = len(hidden), tokens_per_chunk(len(weight), LOGITS_PER_CHUNK)
     for first in range(0, num_tokens, size):
         yield slice(first, min(first + size, num_tokens))
 

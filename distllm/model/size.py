@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from distllm.config.schema import Model
 
+LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in fp32
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -57,3 +59,13 @@ def flops_per_token(model: Model, vocab_size: int) -> float:
     multiplying = count.layers + vocab_size * model.hidden_size
     attention_width = model.num_attention_heads * model.resolved_head_dim
     return 6.0 * multiplying + 12.0 * model.num_layers * attention_width * model.seq_length
+
+
+def tokens_per_chunk(num_rows: int, logits_per_chunk: int = LOGITS_PER_CHUNK) -> int:
+    """Tokens whose logits for `num_rows` rows of the output layer are computed at once (model/loss.py)."""
+    return max(256, logits_per_chunk // num_rows)
+
+
+def chunks_of_tokens(num_tokens: int, num_rows: int) -> int:
+    """Chunks in which the loss of `num_tokens` is computed."""
+    return -(-num_tokens // tokens_per_chunk(num_rows))

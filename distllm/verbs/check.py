@@ -15,11 +15,13 @@ from distllm.config.problems import UserError, user_error
 from distllm.config.rules import NUM_BYTES
 from distllm.config.schema import Config, Tokenizer
 from distllm.layout.grid import Grid
+from distllm.layout.traffic import sent_bytes
 from distllm.metrics.format import block, bytes_, count, plural, table
 from distllm.metrics.summary import batch_arithmetic
 from distllm.model.size import count_parameters
 from distllm.plan.activations import microbatches_in_flight
 from distllm.plan.bubble import bubble_of_ideal_time, bubble_of_step
+from distllm.plan.communication import busiest_stage, group_sizes, rank_traffic
 from distllm.plan.memory import estimate_memory, rank_memory
 from distllm.plan.nearest import Proposal, nearest_layouts
 from distllm.plan.stages import pipeline_stages
@@ -70,6 +72,7 @@ def report(config: Config, vocab_size: int, world_size: int) -> str:
         ),
         "bubble": _bubble(config, microbatches),
         "memory": _memory(config, vocab_size, grid.data, microbatches),
+        "sent": _sent(config, vocab_size, grid),
     }
     return block("distllm check: legal", sections)
 
@@ -133,6 +136,27 @@ def _memory(config: Config, vocab_size: int, data_parallel: int, microbatches: i
     width = max(len(cell) for cells in rows.values() for cell in cells)
     lines = {name: "  ".join(cell.rjust(width) for cell in cells) for name, cells in rows.items()}
     return f"per rank, {NOT_COUNTED}\n{table(lines)}"
+
+
+def _sent(config: Config, vocab_size: int, grid: Grid) -> str:
+    """What the rank that sends most puts on the wire in a step, one group a line."""
+    stage = busiest_stage(config, vocab_size, grid)
+    traffic = rank_traffic(config, vocab_size, grid.data, stage)
+    if not traffic:
+        return ""
+    sizes, lines, total = group_sizes(grid), dict[str, str](), 0.0
+    for group, kinds in groupby(sorted(traffic), lambda transfer: transfer.group):
+        texts = []
+        for transfer in kinds:
+            amount = traffic[transfer]
+            sent = sent_bytes(transfer.kind, amount.bytes, sizes[group])
+            total += sent
+            if transfer.kind != "recv":  # what another rank sends
+                texts.append(f"{transfer.kind} {bytes_(round(sent))} ({amount.calls:,})")
+        if texts:
+            lines[group] = ", ".join(texts)
+    where = f" of stage {stage}, which sends most," if config.parallel.pipeline > 1 else ""
+    return f"{bytes_(round(total))} by each rank{where} in a step (in as many calls)\n{table(lines)}"
 
 
 def _advice(config: Config, world_size: int) -> str:

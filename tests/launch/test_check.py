@@ -35,6 +35,10 @@ def test_a_legal_job_is_laid_out(tmp_path: Path) -> None:
         row: re.search(rf"^ +{row} +(.*)$", text, re.MULTILINE) for row in ("weights", "total on the device")
     }
     assert all(row and len(row[1].split("  ")) >= 3 for row in rows.values()), text
+    sent = text[text.index("\nsent ") :].splitlines()[1:]
+    assert re.match(r"sent +[\d.]+ TiB by each rank of stage \d, which sends most, in a step", sent[0])
+    assert [line.split()[0] for line in sent[1:]] == ["data", "model", "pipeline", "tensor"]
+    assert "reduce_scatter" in sent[-1]
     assert max(map(len, text.splitlines())) <= 120
     assert os.listdir(tmp_path) == []
 

@@ -79,6 +79,8 @@ def test_imports_follow_the_arrows(file: Path) -> None:
         ("model/spec.py", "import deepspeed"),
         ("verbs/train.py", "from omegaconf import OmegaConf"),
         ("config/sweep.py", "import hydra"),
+        ("bench/layouts.py", "from distllm.verbs import check"),
+        ("trainer/loop.py", "from distllm.bench import layouts"),
     ],
 )
 def test_a_broken_arrow_is_seen(path: str, source: str) -> None:

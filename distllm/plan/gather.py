@@ -1,0 +1,129 @@
+"""Which parameters ZeRO-3 gathers in a step, by the rules of DeepSpeed 0.19.8. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import accumulate
+
+from distllm.config.schema import Config
+from distllm.config.stages import microbatch_group_size
+from distllm.plan.parameters import Shapes
+from distllm.plan.stages import Stage
+
+# deepspeed/runtime/zero/config.py: stage3_max_reuse_distance.
+MAX_REUSE_NUMEL = 1_000_000_000
+Use = tuple[str, ...]  # the parameters of a module that runs, forward or backward
+
+
+def gathered_parameters(
+    config: Config,
+    shapes: Shapes,
+    stage: Stage,
+    stage_index: int,
+    num_microbatches: int,
+    max_reuse_numel: int = MAX_REUSE_NUMEL,
+) -> list[int]:
+    """Elements of every parameter that one rank gathers in one step, once for each time.
+
+    `PartitionedParameterCoordinator.__params_to_release`: a parameter stays after its module has run if it is
+    used again before `max_reuse_numel` elements of others are. Prefetching keeps some that come up to
+    `zero.bucket_size` later. Embeddings, whose input has no gradient, are let go after every backward pass
+    (`release_backward_leftovers`), and so is the copy of a tied one on the last stage, which is no parameter
+    of the module that uses it. Parameters up to `zero.persistence_threshold` are gathered once, after the
+    update.
+    """
+    uses = list(_uses(config, shapes, stage, stage_index, num_microbatches))
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    before = [0, *accumulate(sum(sizes[name] for name in use) for use, _ in uses)]
+    gathered = []
+    last_use: dict[Use, tuple[int, bool]] = {}
+    for position, (use, lets_go) in enumerate(uses):
+        last, was_released = last_use.get(use, (-1, True))
+        if was_released or before[position] - before[last + 1] >= max_reuse_numel:
+            gathered += [sizes[name] for name in use if sizes[name] > config.zero.persistence_threshold]
+        last_use[use] = position, lets_go
+    persistent = [size for size in sizes.values() if size <= config.zero.persistence_threshold]
+    return gathered + persistent
+
+
+def passes(
+    stage_index: int, pipeline: int, num_chunks: int, num_microbatches: int
+) -> Iterator[tuple[int, bool]]:
+    """(chunk, whether forward) of every pass of a stage in a step, in the order of Megatron Core's 1F1B
+    schedules (pipeline_parallel/schedules.py)."""
+    after = pipeline - stage_index - 1
+    total = num_microbatches * num_chunks
+    if num_chunks == 1:
+        order, warm_up = [0] * num_microbatches, min(after, num_microbatches)
+    else:
+        group = microbatch_group_size(num_microbatches, pipeline)
+        starts = range(0, num_microbatches, group)
+        order = [
+            c for s in starts for c in range(num_chunks) for _ in range(min(group, num_microbatches - s))
+        ]
+        warm_up = min(2 * after + (num_chunks - 1) * group, total)
+    for position in range(total + warm_up):
+        if position < total:
+            yield order[position], True
+        if position >= warm_up:
+            yield num_chunks - 1 - order[position - warm_up], False
+
+
+def _uses(
+    config: Config, shapes: Shapes, stage: Stage, stage_index: int, num_microbatches: int
+) -> Iterator[tuple[Use, bool]]:
+    """Modules in the order in which they run, and whether the use lets its parameters go whatever comes."""
+    parallel = config.parallel
+    forward, backward = {}, {}
+    for chunk in range(len(stage.chunks)):
+        modules = _modules(shapes, stage, chunk)
+        forward[chunk] = [(use, False) for unit in modules for use in unit]
+        backward[chunk] = [
+            item for unit in reversed(modules) for item in _backward(config, unit, stage, chunk)
+        ]
+    for chunk, is_forward in passes(stage_index, parallel.pipeline, len(stage.chunks), num_microbatches):
+        yield from forward[chunk] if is_forward else backward[chunk]
+
+
+def _backward(config: Config, unit: list[Use], stage: Stage, chunk: int) -> list[tuple[Use, bool]]:
+    first = unit[0][0]
+    again: list[Use] = []
+    if first.startswith("decoder.layers.") and config.recompute.granularity == "full":
+        layer = int(first.split(".")[2])
+        number = config.recompute.num_layers
+        if number is None or layer - stage.chunks[chunk][0] < number:
+            again = unit
+    # A tied output projection lets its table go on a stage of its own; beside the embedding it need not.
+    lets_go = first.startswith("embedding.") or not stage.is_first
+    uses = [*again, *reversed(unit)]
+    return [(use, lets_go and use[0].startswith("embedding.")) for use in uses]
+
+
+_OUTPUT = ("output_layer.weight",)
+_LAYER = (
+    "input_layernorm",
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def _modules(shapes: Shapes, stage: Stage, chunk: int) -> list[list[Use]]:
+    """Of one chunk, in order: embedding, layers, end; each a list of modules with parameters."""
+    table = ("embedding.word_embeddings.weight",)
+    units: list[list[Use]] = []
+    if stage.is_first and chunk == 0:
+        units.append([(name,) for name in shapes if name.startswith("embedding.")])
+    for layer in stage.chunks[chunk]:
+        units.append([_named(shapes, f"decoder.layers.{layer}.{module}.") for module in _LAYER])
+    if stage.is_last and chunk == len(stage.chunks) - 1:
+        output = _OUTPUT if _OUTPUT[0] in shapes else table
+        units.append([_named(shapes, "decoder.final_layernorm."), output])
+    return units
+
+
+def _named(shapes: Shapes, prefix: str) -> Use:
+    return tuple(f"{prefix}{kind}" for kind in ("weight", "bias") if f"{prefix}{kind}" in shapes)

@@ -1,0 +1,50 @@
+"""`distllm.bench.layouts` measures real steps on ranks that it starts itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distllm.bench.layouts import main
+from distllm.bench.local_ranks import run_on_ranks
+
+SMALL = ("model=tiny", "tokenizer=bytes", "train.global_batch_size=4", "train.micro_batch_size=1")
+
+
+def fail_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        raise ValueError("this rank is broken")
+
+
+def never_done(rank: int) -> None:
+    import time
+
+    time.sleep(1000)
+
+
+def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results" / "layouts.json"
+    assert (
+        main(["--ranks", "2", "--steps", "1", "--json", str(file), *SMALL, "model.num_query_groups=1"]) == 0
+    )
+    table = capsys.readouterr().out
+    assert "DP2, ZeRO-3" in table
+    assert "TP2, SP: not possible for this job, since" in table
+    written = json.loads(file.read_text())
+    assert {"date", "environment", "config", "results"} <= written.keys()
+    rows = {row["layout"]: row for row in written["results"]["layouts"]}
+    assert {"DP2, ZeRO-0", "PP2", "PP2, 2 chunks"} <= rows.keys()
+    for row in rows.values():
+        assert row["ratio"] == 1
+        assert row["step_seconds"]["count"] == 1
+        assert 0 < row["step_seconds"]["least"] <= row["step_seconds"]["most"]
+
+
+def test_a_rank_that_fails_ends_the_others_and_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 failed:(.|\n)*this rank is broken"):
+        run_on_ranks(2, fail_on_rank_1, deadline_seconds=120)
+
+
+def test_ranks_that_are_not_done_are_ended() -> None:
+    with pytest.raises(RuntimeError, match="rank 0 is not done in time"):
+        run_on_ranks(1, never_done, deadline_seconds=15)
