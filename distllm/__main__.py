@@ -28,11 +28,12 @@ VERBS = {
     "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),
     "import": ("distllm.verbs.import_", "start a run from the weights of a Hugging Face folder"),
     "checkpoint": ("distllm.verbs.checkpoint", "list, show, verify or prune the checkpoints of a run"),
+    "bench": ("distllm.verbs.bench", "measure a part of a job on this machine"),
 }
 # Their `run` takes the request: it says more than its config, or has an answer where the config is refused.
 RUN_ON_REQUEST = ("check", "checkpoint")
 # Their `run` takes the config and the request, whose action and arguments it needs.
-RUN_WITH_REQUEST = ("data", "trace")
+RUN_WITH_REQUEST = ("data", "trace", "bench")
 EXIT_INTERRUPTED = 130
 
 HELP = f"""distllm {__version__}: distributed LLM pretraining.
@@ -40,6 +41,7 @@ HELP = f"""distllm {__version__}: distributed LLM pretraining.
   distllm VERB [overrides]       or  python -m distllm VERB [overrides]
   torchrun --nproc-per-node N -m distllm VERB [overrides]
   distllm checkpoint list|show|verify|prune run.dir=DIR [overrides]
+  distllm bench train|layouts|checkpoint|data|startup [overrides]
   distllm data shard=I/N [overrides] for each I from 0 to N - 1, on any machines; then
   distllm data merge [overrides]
 

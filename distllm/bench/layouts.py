@@ -95,7 +95,7 @@ def run(
     config: Config,
     vocab_size: int,
     layouts: Sequence[Layout] = DEFAULT_LAYOUTS,
-    steps: int = DEFAULT_STEPS,
+    steps: int | None = None,
 ) -> Report:
     """Measure every layout; those that this job's model and batch forbid are listed with the reason."""
     refused: dict[Layout, str] = {}
@@ -109,7 +109,7 @@ def run(
     measured: dict[Layout, list[Measured]] = {}
     for ranks, of_size in by_ranks.items():
         configs = [layout.applied_to(config) for layout in of_size]
-        results = run_on_ranks(ranks, measure, configs, vocab_size, steps)
+        results = run_on_ranks(ranks, measure, configs, vocab_size, steps or config.bench.steps)
         measured |= {layout: [of_rank[i] for of_rank in results] for i, layout in enumerate(of_size)}
     rows = [_row(layout, measured[layout]) for layout in layouts if layout in measured]
     reasons = {str(layout): why for layout, why in refused.items()}

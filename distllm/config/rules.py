@@ -282,6 +282,15 @@ def _export_folder(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("export.path", config.export.path, f"must be writable; {reason}", "export.path=FOLDER")
 
 
+def _bench_folder(config: Config, _: int) -> Iterator[Problem]:
+    folder, file = config.bench.folder, config.bench.json
+    if folder is not None and not os.path.isdir(folder):
+        yield Problem("bench.folder", folder, "must be a folder that is there", "bench.folder=null")
+    if file is not None and (os.path.isdir(file) or (reason := _why_not_writable(os.path.abspath(file)))):
+        rule = "is a folder" if os.path.isdir(file) else f"must be writable; {reason}"
+        yield Problem("bench.json", file, rule, "bench.json=FILE")
+
+
 def _import_path(config: Config, _: int) -> Iterator[Problem]:
     if not config.import_.path:
         fix = "import.path=FOLDER, a folder that Hugging Face's save_pretrained or `distllm export` wrote"
@@ -329,6 +338,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "export": (_export_path,),
     "import": (_import_path,),
     "checkpoint": (),
+    "bench": _TRAIN_RULES + _DATA_RULES,
 }
 _FILES: tuple[Rule, ...] = (data_rules.data_found, _tokenizer_found)
 ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
@@ -342,4 +352,5 @@ ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
     "export": (_checkpoint_found, _export_folder),
     "import": (_import_folder, _run_directory),
     "checkpoint": (_run_found,),
+    "bench": (_tokenizer_found, _bench_folder),  # only `bench data` reads documents, and says what is missing
 }

@@ -299,6 +299,23 @@ class Select:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Bench:
+    """`distllm bench ACTION`: measure a part of this job on this machine.
+
+    steps: training steps that are measured, after warmup_steps that are not. repeats: how often each save,
+        load and reading of data is measured.
+    folder: for scratch files, which are removed; None means the system's folder for them.
+    json: file to write the results to.
+    """
+
+    steps: PositiveInt
+    warmup_steps: NonNegativeInt
+    repeats: PositiveInt
+    folder: str | None
+    json: str | None
+
+
+@dataclass(frozen=True, config=STRICT)
 class Export:
     """`distllm export`: the newest checkpoint of `run.dir` as a Hugging Face folder.
 
@@ -344,3 +361,4 @@ class Config:
     export: Export
     import_: Annotated[Import, Field(alias="import")]
     select: Select
+    bench: Bench

@@ -29,7 +29,7 @@ from distllm.trainer.state import TrainState
 ORDER_SETTINGS = ("train.seed", "model.seq_length", "sequences.packing")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 # How the run is watched and kept, which is nobody's concern at a resume.
-UNTOLD = ("run", "logging", "generate", "select", "export", "import", "fault.replanned")
+UNTOLD = ("run", "logging", "generate", "select", "bench", "export", "import", "fault.replanned")
 
 
 @dataclass(frozen=True)

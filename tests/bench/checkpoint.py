@@ -33,6 +33,7 @@ import torch.distributed.checkpoint as dcp
 from harness import run_ranks
 from torch import Tensor
 
+from distllm.bench.saving import Timing, Way, at_once, forget, others_cpu_seconds, time_way
 from distllm.checkpoint.manifest import find_damage
 from distllm.checkpoint.saver import Saver
 from distllm.checkpoint.store import Contents, read_tensors
@@ -63,28 +64,6 @@ LAYOUTS = {
     "TP2 PP2": ("zero.stage=1", "parallel.tensor=2", "parallel.pipeline=2"),
     "ZeRO-0 on 4": ("zero.stage=0",),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """blocking_seconds: for which training stands still. speed: of the main thread while the rest is written,
-    1 is that of an idle process; None where there is no rest. other_cores: that other processes kept busy
-    meanwhile."""
-
-    what: str
-    blocking_seconds: float
-    seconds: float
-    speed: float | None
-    other_cores: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """begin: starts to save (or load) and returns how to ask whether that is done."""
-
-    what: str
-    begin: Callable[[], Callable[[], bool]]
-    is_load: bool = False
 
 
 class Model:
@@ -131,44 +110,26 @@ def _time(way: Way, path: Path) -> Timing:
     """The try that other processes disturbed least."""
     tries: list[Timing] = []
     while len(tries) < MOST_TRIES and not any(timing.other_cores < QUIET_CORES for timing in tries):
-        _forget(path) if way.is_load else _remove(path)
+        forget(path) if way.is_load else _remove(path)
         _wait_for_quiet()
-        idle_speed = _speed_until(_seconds_from_now(1))
-        begin, busy = time.monotonic(), _others_cpu_seconds()
-        is_done = way.begin()
-        blocking, speed = time.monotonic() - begin, None
-        if not is_done():
-            speed = _speed_until(is_done) / idle_speed
-        seconds = time.monotonic() - begin
-        others = (_others_cpu_seconds() - busy) / seconds
-        tries.append(Timing(way.what, blocking, seconds, speed, others))
+        tries.append(time_way(way))
     return min(tries, key=lambda timing: timing.other_cores)
 
 
 def ways(model: Model, path: Path) -> Iterator[Way]:
     """Those that load what the one before them has saved follow it."""
     yield Way("ours, at once", lambda: _save(Saver(SaveGroups(), is_async=False), model, path))
-    yield Way("our load", _whole(lambda: read_tensors(path, model.fragments)), is_load=True)
-    yield Way("our load, verified", _whole(lambda: _verify_and_read(model, path)), is_load=True)
+    yield Way("our load", at_once(lambda: read_tensors(path, model.fragments)), is_load=True)
+    yield Way("our load, verified", at_once(lambda: _verify_and_read(model, path)), is_load=True)
     yield Way("ours, in the background", lambda: _save(Saver(SaveGroups(), is_async=True), model, path))
     saver = Saver(SaveGroups(), is_async=True)
     _until(_save(saver, model, path))
     yield Way("ours, in the background, again", lambda: _save(saver, model, path))
-    yield Way("torch.save", _whole(lambda: _torch_save(model, path)))
-    yield Way("torch.load", _whole(lambda: _torch_load(model, path)), is_load=True)
-    yield Way("dcp.save", _whole(lambda: dcp.save(model.tensors, storage_writer=_dcp_writer(path))))
-    yield Way("dcp.load", _whole(lambda: dcp.load(model.tensors, checkpoint_id=path)), is_load=True)
+    yield Way("torch.save", at_once(lambda: _torch_save(model, path)))
+    yield Way("torch.load", at_once(lambda: _torch_load(model, path)), is_load=True)
+    yield Way("dcp.save", at_once(lambda: dcp.save(model.tensors, storage_writer=_dcp_writer(path))))
+    yield Way("dcp.load", at_once(lambda: dcp.load(model.tensors, checkpoint_id=path)), is_load=True)
     yield Way("dcp.async_save", lambda: _dcp_async_save(model, path))
-
-
-def _whole(work: Callable[[], object]) -> Callable[[], Callable[[], bool]]:
-    """As a way of which nothing is left when it returns."""
-
-    def begin() -> Callable[[], bool]:
-        work()
-        return lambda: True
-
-    return begin
 
 
 def _save(saver: Saver, model: Model, path: Path) -> Callable[[], bool]:
@@ -208,17 +169,10 @@ def _wait_for_quiet() -> None:
     """Until other processes leave the cores alone, or for as long as that is waited for."""
     deadline = time.monotonic() + MOST_WAIT_SECONDS
     while time.monotonic() < deadline:
-        busy = _others_cpu_seconds()
+        busy = others_cpu_seconds()
         time.sleep(1)
-        if _others_cpu_seconds() - busy < QUIET_CORES / 2:
+        if others_cpu_seconds() - busy < QUIET_CORES / 2:
             return
-
-
-def _others_cpu_seconds() -> float:
-    """Without the kernel's, which is busy for us: it writes what we have written."""
-    with open("/proc/stat") as stat:
-        user, nice = map(int, stat.readline().split()[1:3])
-    return (user + nice) / os.sysconf("SC_CLK_TCK") - os.times().user
 
 
 def _until(is_done: Callable[[], bool]) -> None:
@@ -226,32 +180,9 @@ def _until(is_done: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _seconds_from_now(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
-
-
-def _speed_until(is_done: Callable[[], bool]) -> float:
-    """Products of 256 x 256 matrices a second; a step of training asks as rarely what became of a save."""
-    matrix, count, begin = torch.rand(256, 256), 0, time.monotonic()
-    while not is_done():
-        for _ in range(20):
-            matrix @ matrix
-        count += 20
-    return count / (time.monotonic() - begin)
-
-
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     os.sync()
-
-
-def _forget(path: Path) -> None:
-    """Out of the page cache."""
-    os.sync()
-    for file in filter(Path.is_file, path.rglob("*")):
-        with open(file, "rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure_memory(folder: Path) -> dict[str, list[SavingMemory]]:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from distllm.bench.data import seconds
 from distllm.config import schema
 from distllm.metrics.environment import describe_environment
 
@@ -98,7 +98,7 @@ def time_ours(corpus: Corpus, num_cores: int, scratch: Path) -> float:
         end_of_document=END_OF_DOCUMENT,
     )
     preparation = schema.Preparation(None, "stop", None)  # by the cores that this process may use
-    return _seconds(lambda: prepare(data, preparation, tokenizer, lambda line: None))
+    return seconds(lambda: prepare(data, preparation, tokenizer, lambda line: None))
 
 
 def time_tokenizer(corpus: Corpus, num_cores: int, scratch: Path, fast: bool = True) -> float:
@@ -114,7 +114,7 @@ def time_tokenizer(corpus: Corpus, num_cores: int, scratch: Path, fast: bool = T
         for batch in batches:
             encode(batch, add_special_tokens=False)
 
-    return _seconds(encode_all)
+    return seconds(encode_all)
 
 
 def time_tokenizer_with_offsets(corpus: Corpus, num_cores: int, scratch: Path) -> float:
@@ -136,7 +136,7 @@ def time_datasets(corpus: Corpus, num_cores: int, scratch: Path) -> float:
     rows = datasets.load_dataset(
         "json", data_files=str(corpus.documents), cache_dir=str(scratch), split="train"
     )
-    return _seconds(
+    return seconds(
         lambda: rows.map(
             encode,
             batched=True,
@@ -165,7 +165,7 @@ def time_megatron(corpus: Corpus, num_cores: int, scratch: Path) -> float:
                 builder.add_document(np.array(ids), [len(ids)])
         builder.finalize(str(scratch / "x.idx"))
 
-    return _seconds(preprocess)
+    return seconds(preprocess)
 
 
 _tokenizer: Any = None
@@ -181,12 +181,6 @@ def _load_tokenizer(file: str) -> None:
 def _encode_line(line: str) -> list[int]:
     ids: list[int] = _tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
     return [*ids, _tokenizer.token_to_id(END_OF_DOCUMENT)]
-
-
-def _seconds(do: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    do()
-    return time.perf_counter() - start
 
 
 REFERENCE = "tokenizer alone"
@@ -227,9 +221,9 @@ def _run_apart(way: str, num_cores: int, corpus: Corpus) -> float:
     output = subprocess.run(
         ["taskset", "-c", cores, *arguments], check=True, capture_output=True, text=True
     ).stdout
-    seconds = float(output.splitlines()[-1])
-    print(f"{way.strip()}, {num_cores} cores: {seconds:.1f} s", file=sys.stderr, flush=True)
-    return seconds
+    taken = float(output.splitlines()[-1])
+    print(f"{way.strip()}, {num_cores} cores: {taken:.1f} s", file=sys.stderr, flush=True)
+    return taken
 
 
 def run_one(way: str, num_cores: int, folder: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from distllm.bench.data import reading_rate
 from distllm.config.schema import Sequences as Settings
 from distllm.data.indexed import HEADER, MAGIC
 from distllm.data.loader import TrainingData, TrainingSource
@@ -164,11 +165,8 @@ def measure_rates(folder: Path) -> dict[str, dict[str, float]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPEATS):
         for name, read in ways.items():
-            begin, done = time.perf_counter(), 0
-            while time.perf_counter() - begin < SECONDS:
-                read(done % num_batches)
-                done += 1
-            rates[name].append(done * BATCH * SEQ_LENGTH / (time.perf_counter() - begin))
+            batches = reading_rate(lambda number, read=read: read(number % num_batches), SECONDS)  # type: ignore[misc]
+            rates[name].append(batches * BATCH * SEQ_LENGTH)
     return {
         name: {"median": median(found), "lowest": min(found), "highest": max(found)}
         for name, found in rates.items()

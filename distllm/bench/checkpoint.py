@@ -1,0 +1,139 @@
+"""`distllm bench checkpoint`: saves and loads of the job's own model and optimizer, in bench.folder.
+
+After one step on random tokens, so that the optimizer has its states. Every save is flushed to the disk, and
+files leave the page cache before they are loaded. Of several ranks the slowest counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distllm.bench.engine import world
+from distllm.bench.report import Report, Spread
+from distllm.bench.saving import Way, at_once, forget, time_way
+from distllm.checkpoint.manifest import find_damage
+from distllm.checkpoint.saver import Saver
+from distllm.checkpoint.store import Contents, read_tensors
+from distllm.config.schema import Config
+from distllm.engine.engine import Engine
+from distllm.layout.save_groups import create_save_groups
+from distllm.metrics.format import block, bytes_, plural
+from distllm.runtime.dist import on_main_rank
+
+CHECKPOINT = "step_00000001"
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the slowest rank, in seconds. speed: of the main thread while a save is written, beside an idle
+    process; None where nothing is left to write once training goes on."""
+
+    what: str
+    blocking_seconds: Spread
+    seconds: Spread
+    speed: float | None
+
+
+def run(config: Config, vocab_size: int) -> Report:
+    """Collective: on every rank of the job. The folder is shared by all ranks, as run.dir is."""
+    with world(config, vocab_size) as started:
+        engine = started.build()
+        engine.train_step(started.microbatches, LEARNING_RATE)
+        folder = Path(
+            on_main_rank(lambda: tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.bench.folder))
+        )
+        try:
+            rows = list(_measure(config, engine, folder / CHECKPOINT))
+            num_bytes = sum(
+                file.stat().st_size for file in (folder / CHECKPOINT).rglob("*") if file.is_file()
+            )
+            dist.barrier()
+        finally:
+            if started.runtime.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+    results = {"bytes": num_bytes, "rows": [asdict(row) for row in rows]}
+    return Report(table(rows, num_bytes, started.runtime.world_size), results)
+
+
+def _measure(config: Config, engine: Engine, path: Path) -> Iterator[Measured]:
+    groups = create_save_groups(engine.groups.grid, timedelta(seconds=config.checkpoint.timeout_seconds))
+    contents = Contents(1, engine.scalars(), {})
+
+    def save(saver: Saver) -> Callable[[], bool]:
+        saver.save(path, engine.fragments(), contents, after=lambda: None)
+        return lambda: _is_saved(saver)
+
+    def load() -> None:
+        read_tensors(path, engine.fragments())
+
+    def verify_and_load() -> None:
+        damage = find_damage(path)
+        assert damage is None, f"what was just written is damaged: {damage}"
+        load()
+
+    later = Saver(groups, is_async=True)
+    ways = [
+        Way("save at once", lambda: save(Saver(groups, is_async=False))),
+        Way("first save in the background", lambda: save(Saver(groups, is_async=True))),
+        Way("every other", lambda: save(later)),
+        Way("load", at_once(load), is_load=True),
+        Way("verify and load", at_once(verify_and_load), is_load=True),
+    ]
+    _remove(path)
+    save(later)  # its memory is there from now on
+    later.wait()
+    later.outcomes()
+    for way in ways:
+        yield _repeated(way, path, config.bench.repeats)
+
+
+def _is_saved(saver: Saver) -> bool:
+    outcomes = saver.outcomes()
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert not errors, f"a save failed: {errors[0]}"
+    return bool(outcomes)
+
+
+def _repeated(way: Way, path: Path, repeats: int) -> Measured:
+    timings = []
+    for _ in range(repeats):
+        forget(path) if way.is_load else _remove(path)
+        dist.barrier()
+        timings.append(time_way(way))
+        dist.barrier()
+    seconds = torch.tensor([[t.blocking_seconds, t.seconds] for t in timings])
+    dist.all_reduce(on_device := seconds.to(_device()), dist.ReduceOp.MAX)
+    blocking, whole = on_device.t().tolist()
+    speeds = [timing.speed for timing in timings if timing.speed is not None]
+    speed = Spread.of(speeds).median if speeds else None
+    return Measured(way.what, Spread.of(blocking), Spread.of(whole), speed)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _remove(path: Path) -> None:
+    on_main_rank(lambda: shutil.rmtree(path, ignore_errors=True))
+
+
+def table(rows: list[Measured], num_bytes: int, world_size: int) -> str:
+    lines = [f"{'':<30}{'stands still':>13}{'takes':>10}{'MB/s':>9}{'speed meanwhile':>17}"]
+    for row in rows:
+        speed = "" if row.speed is None else f"{row.speed:.2f}"
+        rate = num_bytes / row.seconds.median / 1e6
+        blocking = f"{row.blocking_seconds.median:.3f} s"
+        lines.append(
+            f"{row.what:<30}{blocking:>13}{row.seconds.median:>8.3f} s{rate:>9,.0f}{speed:>17}".rstrip()
+        )
+    heading = f"distllm bench checkpoint: {plural(world_size, 'rank')}, {bytes_(num_bytes)}"
+    return block(heading, {"": "\n".join(lines)})

@@ -1,0 +1,63 @@
+"""The engine of a job without its data: what is measured on random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from distllm.config.schema import Config
+from distllm.engine.create import create_engine
+from distllm.engine.engine import Engine
+from distllm.engine.pipeline import Microbatch
+from distllm.layout.grid import Grid
+from distllm.layout.groups import create_groups, destroy_groups
+from distllm.model.build import build_model
+from distllm.runtime import dist
+from distllm.runtime.dist import Runtime
+
+
+@dataclass(frozen=True)
+class World:
+    """A started world. build: makes model and engine of this rank as `train` does. microbatches: this rank's
+    of one global batch, of random tokens."""
+
+    runtime: Runtime
+    build: Callable[[], Engine]
+    microbatches: list[Microbatch]
+
+
+@contextmanager
+def world(config: Config, vocab_size: int) -> Iterator[World]:
+    """The ranks of the job, for the length of a block. Collective."""
+    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
+    succeeded = False
+    try:
+        grid = Grid.from_world_size(
+            runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
+        )
+        groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
+
+        def build() -> Engine:
+            built = build_model(config, vocab_size, groups, runtime.device)
+            return create_engine(built.chunks, built.places, config, groups)
+
+        data_rank = groups.coordinates.data
+        yield World(runtime, build, random_microbatches(config, vocab_size, grid, data_rank, runtime.device))
+        succeeded = True
+    finally:
+        destroy_groups()
+        dist.stop(succeeded)
+
+
+def random_microbatches(
+    config: Config, vocab_size: int, grid: Grid, data_rank: int, device: torch.device
+) -> list[Microbatch]:
+    """One data-parallel rank's share of a global batch: equal on the ranks that share a model."""
+    sequences = config.train.global_batch_size // grid.data
+    generator = torch.Generator().manual_seed(config.train.seed * grid.data + data_rank)
+    tokens = torch.randint(0, vocab_size, (sequences, config.model.seq_length + 1), generator=generator)
+    return [Microbatch(part.to(device)) for part in tokens.split(config.train.micro_batch_size)]

@@ -1,0 +1,155 @@
+"""`distllm bench train`: whole steps of the job's own model, layout and engine, on random tokens.
+
+    MFU = flops_per_token * tokens_per_second / (peak FLOP/s of a device * devices)
+
+with flops_per_token = 6 * (parameters that multiply) + 12 * layers * heads * head_dim * seq_length, attention
+not halved for the causal mask (distllm/model/size.py; PaLM, arXiv:2204.02311, appendix B), and the peak from
+the maker's data sheet (distllm/runtime/devices.py). Where none is known there is no MFU. The same quotient
+with the speed of large matrix products on this machine, measured in the same run by all ranks at a time, is
+always there: the share of the measured peak.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from distllm.bench.engine import World, world
+from distllm.bench.report import Report, Spread, device_name
+from distllm.bench.timing import PeakMemory, measured_peak_flops, repeated_seconds, seconds_of
+from distllm.config.schema import Config
+from distllm.engine.engine import Engine, Limits
+from distllm.metrics.format import block, bytes_, count, plural, rate
+from distllm.model.size import count_parameters, flops_per_token
+from distllm.runtime.devices import peak_flops
+
+NO_UPDATE = Limits(loss=-1.0)  # a loss is never below: the step ends before the optimizer moves
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of a step's parts, as medians.
+
+    forward: of all microbatches, without gradients. backward: what a step that is refused takes longer: the
+    backward pass, the reduction of gradients and their norm. update: what a whole step takes longer than
+    that: clipping and the optimizer.
+    """
+
+    forward: float
+    backward: float
+    update: float
+
+
+@dataclass(frozen=True)
+class TrainSpeed:
+    """Of all ranks together; memory of the rank that needs most, above what it had before the model.
+
+    measured_peak_flops: FLOP/s of large matrix products, of all ranks. start_loss, end_loss: of the first
+    and the last step, nats per token.
+    """
+
+    num_parameters: int
+    tokens_per_step: int
+    step_seconds: Spread
+    tokens_per_second: float
+    flops_per_token: float
+    mfu: float | None
+    share_of_measured_peak: float
+    measured_peak_flops: float
+    peak_memory_bytes: int
+    parts: Parts
+    start_loss: float
+    end_loss: float
+
+
+def run(config: Config, vocab_size: int) -> Report:
+    """Collective: on every rank of the job."""
+    with world(config, vocab_size) as started:
+        speed = measure(config, vocab_size, started)
+    return Report(table(config, speed, started.runtime.world_size), asdict(speed))
+
+
+def measure(config: Config, vocab_size: int, started: World) -> TrainSpeed:
+    device, world_size = started.runtime.device, started.runtime.world_size
+    memory = PeakMemory(device)
+    engine = started.build()
+    losses: list[float] = []
+
+    def step() -> None:
+        losses.append(engine.train_step(started.microbatches, LEARNING_RATE).loss)
+
+    seconds = repeated_seconds(step, device, config.bench.warmup_steps, config.bench.steps)
+    peak_memory = memory.extra_bytes()
+    parts = measure_parts(engine, started, max(1, config.bench.steps // 4))
+    measured_peak = _over_ranks(measured_peak_flops(device, config.train.precision), dist.ReduceOp.SUM)
+    spread = Spread.of(seconds)
+    tokens_per_step = config.train.global_batch_size * config.model.seq_length
+    tokens_per_second = tokens_per_step / spread.median
+    flops = flops_per_token(config.model, vocab_size)
+    peak = peak_flops(device, config.train.precision)
+    return TrainSpeed(
+        num_parameters=count_parameters(config.model, vocab_size).total,
+        tokens_per_step=tokens_per_step,
+        step_seconds=spread,
+        tokens_per_second=tokens_per_second,
+        flops_per_token=flops,
+        mfu=flops * tokens_per_second / (peak * world_size) if peak else None,
+        share_of_measured_peak=flops * tokens_per_second / measured_peak,
+        measured_peak_flops=measured_peak,
+        peak_memory_bytes=int(_over_ranks(peak_memory, dist.ReduceOp.MAX)),
+        parts=parts,
+        start_loss=losses[0],
+        end_loss=losses[-1],
+    )
+
+
+def measure_parts(engine: Engine, started: World, repeats: int) -> Parts:
+    """Only by what an engine offers, in turns, so that a disturbance hits all parts alike."""
+    device, microbatches = started.runtime.device, started.microbatches
+    calls = {
+        "forward": lambda: engine.evaluate(microbatches),
+        "refused": lambda: engine.train_step(microbatches, LEARNING_RATE, NO_UPDATE),
+        "whole": lambda: engine.train_step(microbatches, LEARNING_RATE),
+    }
+    logging.disable(logging.WARNING)  # DeepSpeed takes a refusal for an overflow, and says so
+    turns = [{name: seconds_of(call, device) for name, call in calls.items()} for _ in range(repeats)]
+    logging.disable(logging.NOTSET)
+    forward, refused, whole = (Spread.of([turn[name] for turn in turns]).median for name in calls)
+    return Parts(forward, max(0.0, refused - forward), max(0.0, whole - refused))
+
+
+def _over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
+    result = torch.tensor(float(value), dtype=torch.float64)
+    if torch.cuda.is_available():
+        result = result.cuda()
+    dist.all_reduce(result, operation)
+    return result.item()
+
+
+def table(config: Config, speed: TrainSpeed, world_size: int) -> str:
+    model, train, seconds = config.model, config.train, speed.step_seconds
+    mfu = f"{speed.mfu:.1%}" if speed.mfu is not None else "unknown: the peak of this device is not known"
+    parts = speed.parts
+    return block(
+        f"distllm bench train: {plural(world_size, 'rank')}, {device_name()}",
+        {
+            "model": f"{model.name}: {count(speed.num_parameters)} parameters, {model.seq_length} tokens a "
+            f"sequence, {train.precision}",
+            "batch": f"{train.global_batch_size} sequences, {speed.tokens_per_step:,} tokens a step, "
+            f"{train.micro_batch_size} sequences a microbatch",
+            "step": f"{seconds.median:.4g} s, median of {seconds.count} "
+            f"({seconds.least:.4g} to {seconds.most:.4g})",
+            "speed": rate(speed.tokens_per_second),
+            "parts": f"forward {parts.forward:.4g} s, backward and reduction {parts.backward:.4g} s, "
+            f"clipping and update {parts.update:.4g} s",
+            "MFU": mfu,
+            "of products": f"{speed.share_of_measured_peak:.1%} of {speed.measured_peak_flops / 1e9:,.0f} "
+            f"GFLOP/s of large {train.precision} matrix products here",
+            "memory": f"{bytes_(speed.peak_memory_bytes)} at most on a rank for model, optimizer and steps",
+            "loss": f"{speed.start_loss:.4f} at first, {speed.end_loss:.4f} at last",
+        },
+    )
