@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distllm.model import blocked_attention as module
-from distllm.model.blocked_attention import blocked_attention
+from distllm.model.blocked_attention import BlockSize, blocked_attention
 
 HEAD_DIM = 16
 
@@ -38,7 +38,7 @@ def tensors(seq: int, heads: int, groups: int, dtype: torch.dtype) -> tuple[list
 def test_output_and_gradients(
     seq: int, heads: int, groups: int, scores_per_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SCORES_PER_BLOCK", scores_per_block)
+    monkeypatch.setitem(module.BLOCK_SIZES, torch.float32, BlockSize(64, scores_per_block))
     inputs, gradient = tensors(seq, heads, groups, torch.float32)
     query, key, value = (x.requires_grad_() for x in inputs)
     found, wanted = blocked_attention(query, key, value, 0.3), expected(query, key, value, 0.3)
