@@ -49,6 +49,11 @@ MORE_LAYOUTS = {
     "full recompute": (4, ("parallel.pipeline=2", "recompute=full")),
     "full recompute of one layer": (4, ("parallel.tensor=2", "recompute=full", "recompute.num_layers=1")),
     "selective recompute": (4, ("parallel.pipeline=2", "recompute=selective")),
+    "compiled": (
+        4,
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "train.compile=true"),
+    ),
+    "compiled, full recompute": (2, ("recompute=full", "train.compile=true", "train.micro_batch_size=4")),
 }
 
 
