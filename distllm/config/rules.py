@@ -286,9 +286,10 @@ def _bench_folder(config: Config, _: int) -> Iterator[Problem]:
     folder, file = config.bench.folder, config.bench.json
     if folder is not None and not os.path.isdir(folder):
         yield Problem("bench.folder", folder, "must be a folder that is there", "bench.folder=null")
-    if file is not None and (os.path.isdir(file) or (reason := _why_not_writable(os.path.abspath(file)))):
-        rule = "is a folder" if os.path.isdir(file) else f"must be writable; {reason}"
-        yield Problem("bench.json", file, rule, "bench.json=FILE")
+    if file is not None and os.path.isdir(file):
+        yield Problem("bench.json", file, "must be a file, and is a folder", "bench.json=FILE")
+    elif file is not None and (reason := _why_not_writable(os.path.dirname(os.path.abspath(file)))):
+        yield Problem("bench.json", file, f"must be writable; {reason}", "bench.json=FILE")
 
 
 def _import_path(config: Config, _: int) -> Iterator[Problem]:

@@ -27,9 +27,8 @@ def layer_elements_per_token(model: Model, tensor: int = 1, sequence: bool = Fal
     norms = 4 * hidden
     # The projection, whole, since the values are a view of it; the context; rotated queries and keys.
     attention = (queries + 2 * keys) + queries + (queries + keys if model.position_embedding == "rope" else 0)
-    # Both projections, activated gate, a copy of the other half (Megatron adds an offset to it), product; or,
-    # without a gate, before and after the activation.
-    feed_forward = 5 * ffn if model.activation == "swiglu" else 2 * ffn
+    # Both projections, activated gate, product; or, without a gate, before and after the activation.
+    feed_forward = 4 * ffn if model.activation == "swiglu" else 2 * ffn
     return norms // (tensor if sequence else 1) + (attention + feed_forward) // tensor
 
 

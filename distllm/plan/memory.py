@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from distllm.config.schema import Config
+from distllm.model.size import tokens_per_chunk
 from distllm.plan.activations import (
     microbatches_in_flight,
     recomputed_elements_per_token,
@@ -25,11 +26,12 @@ from distllm.plan.stages import Stage, pipeline_stages
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes at the peak of a step. logits: of the loss, on the last stage.
+    """Bytes at the peak of a step. loss: logits of a chunk of tokens, and the gradients that the forward pass
+    computes from them, on the last stage.
 
     gradients: beside the activations. optimizer_states: fp32 weights beside the working ones, and both
     moments. update_copies: what the optimizer's update holds in gradients above the gradients, activations
-    and logits that are there before it. host: optimizer states, their gradients and staging buffers, in host
+    and loss that are there before it. host: optimizer states, their gradients and staging buffers, in host
     memory where `zero.offload_optimizer` puts them; not on the device then.
     """
 
@@ -37,7 +39,7 @@ class RankMemory:
     gradients: int
     optimizer_states: int
     activations: int
-    logits: int
+    loss: int
     update_copies: int = 0
     host: int = 0
 
@@ -56,9 +58,10 @@ def rank_memory(config: Config, vocab_size: int, dp_size: int, stage_index: int)
     if config.zero.offload_optimizer:
         optimizer_states, host = 0, optimizer_states + host_bytes(config, shapes, dp_size)
     gradients = backward_gradients(config, shapes, dp_size)
-    activations, logits = _activations(config, vocab_size, dp_size, stage, stage_index)
-    above = update_gradients(config, shapes, dp_size) - (gradients + activations + logits)
-    return RankMemory(weights, gradients, optimizer_states, activations, logits, max(0, above), host)
+    activations = _activations(config, dp_size, stage, stage_index)
+    loss = _loss(config, vocab_size) if stage.is_last else 0
+    above = update_gradients(config, shapes, dp_size) - (gradients + activations + loss)
+    return RankMemory(weights, gradients, optimizer_states, activations, loss, max(0, above), host)
 
 
 def estimate_memory(config: Config, vocab_size: int, dp_size: int) -> dict[str, int]:
@@ -85,17 +88,23 @@ def model_states(config: Config, shapes: Shapes, dp_size: int) -> tuple[int, int
     )
 
 
-def _activations(
-    config: Config, vocab_size: int, dp_size: int, stage: Stage, stage_index: int
-) -> tuple[int, int]:
-    """Bytes of activations in flight, and of the logits."""
-    train, parallel = config.train, config.parallel
+def _activations(config: Config, dp_size: int, stage: Stage, stage_index: int) -> int:
+    """Bytes of activations in flight."""
+    train = config.train
     tokens = train.micro_batch_size * config.model.seq_length
     num_microbatches = train.global_batch_size // (train.micro_batch_size * dp_size)
     kept = stage_elements_per_token(config, stage) * microbatches_in_flight(
         config, stage_index, num_microbatches
     )
-    elements = math.ceil(kept) + recomputed_elements_per_token(config)
-    # Logits and their probabilities live together while the loss is differentiated, in fp32.
-    vocab = config.model.padded_vocab_size(vocab_size) // parallel.tensor if stage.is_last else 0
-    return tokens * BYTES[train.precision] * elements, tokens * BYTES["fp32"] * 2 * vocab
+    return tokens * BYTES[train.precision] * (math.ceil(kept) + recomputed_elements_per_token(config))
+
+
+def _loss(config: Config, vocab_size: int) -> int:
+    """Bytes of model/loss.py: a chunk's logits in fp32, and in the precision of the model where it is another;
+    gradients of the hidden states and of the output layer until the backward pass takes them."""
+    model, element = config.model, BYTES[config.train.precision]
+    tokens = config.train.micro_batch_size * model.seq_length
+    num_rows = model.padded_vocab_size(vocab_size) // config.parallel.tensor
+    logits = min(tokens, tokens_per_chunk(num_rows)) * num_rows
+    bytes_per_logit = BYTES["fp32"] + (element if element != BYTES["fp32"] else 0)
+    return logits * bytes_per_logit + (tokens + num_rows) * model.hidden_size * element

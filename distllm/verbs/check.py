@@ -156,7 +156,7 @@ def _sent(config: Config, vocab_size: int, grid: Grid) -> str:
         if texts:
             lines[group] = ", ".join(texts)
     where = f" of stage {stage}, which sends most," if config.parallel.pipeline > 1 else ""
-    return f"{bytes_(round(total))} by each rank{where} in a step (in as many calls)\n{table(lines)}"
+    return f"{bytes_(round(total))} by each rank{where} in a step (calls)\n{table(lines)}"
 
 
 def _advice(config: Config, world_size: int) -> str:

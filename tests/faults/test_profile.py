@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,9 @@ def test_rows_account_for_the_step_and_the_report_shows_it(folder: Path) -> None
     assert end.exit_code == 0, end.output
     rows = read_rows(run)
     phases = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
-    for row in rows:
-        # What is between phases takes some 5% of 20 ms; a busy machine may add to it.
-        assert 0.7 * row["step_seconds"] < sum(row[phase] for phase in phases) <= row["step_seconds"]
+    shares = [sum(row[phase] for phase in phases) / row["step_seconds"] for row in rows]
+    # What is between phases takes some 5% of 20 ms; in few steps a rank loses its core there.
+    assert 0.7 < statistics.median(shares) <= max(shares) <= 1
     assert rows[0]["checkpoint_seconds"] < rows[4]["checkpoint_seconds"], "step 4 was saved"
     report = fork(folder, "report", "run.dir=rows")
     assert report.exit_code == 0, report.output

@@ -74,8 +74,9 @@ def test_llama_8b_on_8_ranks_by_hand() -> None:
     assert memory.weights == 2 * EIGHT_B
     assert memory.gradients == 4 * EIGHT_B
     assert memory.optimizer_states == pytest.approx(12 * EIGHT_B / 8, rel=1e-6)
-    assert memory.activations == 8192 * 2 * 32 * 103_424
-    assert memory.logits == 8192 * 4 * 2 * LLAMA_VOCABULARY
+    assert memory.activations == 8192 * 2 * 32 * 89_088
+    # 256 tokens at a time; gradients of 8,192 hidden states and of the output layer wait.
+    assert memory.loss == 256 * LLAMA_VOCABULARY * (4 + 2) + (8192 + LLAMA_VOCABULARY) * 4096 * 2
     assert memory.host == 0
     assert memory.total == sum(estimate_memory(config, LLAMA_VOCABULARY, 8).values())
 
@@ -101,10 +102,12 @@ def test_llama_405b_on_16384_ranks_by_hand() -> None:
     assert first.weights == 2 * ((7 * layer + table) // 8 + 7 * 2 * hidden)
     assert middle.weights == 2 * (8 * layer // 8 + 8 * 2 * hidden)
     assert last.weights == first.weights + 2 * hidden  # the final norm
-    per_token = (4 * hidden + (hidden + 2048) + hidden + (hidden + 1024) + 5 * ffn) // 8
+    per_token = (4 * hidden + (hidden + 2048) + hidden + (hidden + 1024) + 4 * ffn) // 8
     assert first.activations == 16 * 8192 * 2 * 7 * per_token  # 16 microbatches in flight
     assert middle.activations == 9 * 8192 * 2 * 8 * per_token
-    assert (first.logits, last.logits) == (0, 8192 * 4 * 2 * LLAMA_VOCABULARY // 8)
+    rows = LLAMA_VOCABULARY // 8
+    chunk = 2**24 // rows  # tokens
+    assert (first.loss, last.loss) == (0, chunk * rows * (4 + 2) + (8192 + rows) * hidden * 2)
 
 
 def test_offloaded_states_are_counted_in_host_memory() -> None:
