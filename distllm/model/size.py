@@ -63,7 +63,7 @@ def flops_per_token(model: Model, vocab_size: int) -> float:
 
 def tokens_per_chunk(num_rows: int, logits_per_chunk: int = LOGITS_PER_CHUNK) -> int:
     """Tokens whose logits for `num_rows` rows of the output layer are computed at once (model/loss.py)."""
-    return max(256, logits_per_chunk // num_rows)
+    return max(1024, logits_per_chunk // num_rows)  # fewer rows would slow the products down
 
 
 def chunks_of_tokens(num_tokens: int, num_rows: int) -> int:

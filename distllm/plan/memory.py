@@ -100,7 +100,7 @@ def _activations(config: Config, dp_size: int, stage: Stage, stage_index: int) -
 
 
 def _loss(config: Config, vocab_size: int) -> int:
-    """Bytes of model/loss.py: a chunk's logits in fp32, and in the precision of the model where it is another;
+    """Bytes of model/loss.py: a chunk's logits in fp32, and in the model's precision where it is another;
     gradients of the hidden states and of the output layer until the backward pass takes them."""
     model, element = config.model, BYTES[config.train.precision]
     tokens = config.train.micro_batch_size * model.seq_length

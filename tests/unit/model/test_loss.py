@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distllm.model import loss as loss_module
 from distllm.model.loss import VocabularyPart, linear_cross_entropy
 
-SEQ, BATCH, HIDDEN, VOCAB, PADDED = 70, 5, 16, 90, 96
+SEQ, BATCH, HIDDEN, VOCAB, PADDED = 280, 5, 16, 90, 96
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +34,7 @@ def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tenso
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least 256 tokens each: one whole chunk and a rest."""
+    """At least 1,024 tokens each: one whole chunk and a rest."""
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)
 
 
@@ -57,7 +57,7 @@ def on_all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_loss_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
-    """fp32: sums of 350 products in another order. bf16: its own 8 bits, in logits and in gradients."""
+    """fp32: sums of 1,400 products in another order. bf16: its own 8 bits, in logits and in gradients."""
     hidden, weight, labels, token_weights = inputs(dtype)
     total = loss_of(hidden, weight, labels, token_weights)
     (total * 0.37).backward()  # as where a schedule divides by the number of microbatches
@@ -118,4 +118,4 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
     hidden, weight, labels, token_weights = inputs()
     with Largest():
         loss_of(hidden, weight, labels, token_weights).backward()
-    assert largest == 256 * PADDED < SEQ * BATCH * PADDED
+    assert largest == 1024 * PADDED < SEQ * BATCH * PADDED

@@ -75,8 +75,8 @@ def test_llama_8b_on_8_ranks_by_hand() -> None:
     assert memory.gradients == 4 * EIGHT_B
     assert memory.optimizer_states == pytest.approx(12 * EIGHT_B / 8, rel=1e-6)
     assert memory.activations == 8192 * 2 * 32 * 89_088
-    # 256 tokens at a time; gradients of 8,192 hidden states and of the output layer wait.
-    assert memory.loss == 256 * LLAMA_VOCABULARY * (4 + 2) + (8192 + LLAMA_VOCABULARY) * 4096 * 2
+    # 1,024 tokens at a time; gradients of 8,192 hidden states and of the output layer wait.
+    assert memory.loss == 1024 * LLAMA_VOCABULARY * (4 + 2) + (8192 + LLAMA_VOCABULARY) * 4096 * 2
     assert memory.host == 0
     assert memory.total == sum(estimate_memory(config, LLAMA_VOCABULARY, 8).values())
 
