@@ -4,9 +4,7 @@ Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count for a model of Psi e
 and step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. DeepSpeed 0.19.8 does otherwise at
 three points, which are predicted as they are: stages 1 and 2 all-reduce gradients instead of scattering them,
 3 Psi in all, and stage 2 does so for every microbatch; stage 3 also scatters those of every microbatch, but
-keeps weights that are used again within 1e9 elements, so that small models are gathered once per step. In
-bf16, gradients go as bf16 at stages 1 to 3 whatever `train.gradient_accumulation` says
-(`DeepSpeedEngine.communication_data_type`).
+keeps weights that are used again within 1e9 elements, so that small models are gathered once per step.
 """
 
 from __future__ import annotations
@@ -49,13 +47,14 @@ def data_parallel_traffic(
     stage = pipeline_stages(config.model.num_layers, config.parallel)[stage_index]
     shapes = stage_parameters(config.model, stage, vocab_size, config.parallel.tensor)
     zero, element = config.zero, BYTES[config.train.precision]
+    gradient_element = BYTES[config.train.gradient_accumulation]
     if zero.stage == 0:  # engine/replicated.py
         total = numel(shapes)
         calls = -(-total // zero.bucket_size)
-        yield REDUCE, Amount(calls, total * BYTES[config.train.gradient_accumulation])
+        yield REDUCE, Amount(calls, total * gradient_element)
     elif zero.stage == 3:
         calls, total = _scattered(config, shapes, stage, dp_size)
-        yield SCATTER, Amount(calls, total * element) * num_microbatches
+        yield SCATTER, Amount(calls, total * gradient_element) * num_microbatches
         gathered = gathered_parameters(config, shapes, stage, stage_index, num_microbatches)
         total = sum(_padded(n, dp_size) for n in gathered)
         yield GATHER, Amount(len(gathered), total * element)
@@ -70,20 +69,20 @@ def norm_reductions(config: Config) -> Iterator[Part]:
     """Of the gradient norm, and of the flag that a gradient is not finite.
 
     Stage 0: engine/replicated.py. Stages 1 and 2: `get_grad_norm_direct` for each of the optimizer's two
-    groups, and `has_overflow` in bf16. BF16_Optimizer: `get_global_norm_of_tensors` twice, since engine/
-    deepspeed_quirks.py asks before it. Stage 3: in fp64, but in fp32 where the states are offloaded.
+    groups, and in bf16 the flag (engine/deepspeed_quirks.py). BF16_Optimizer: `get_global_norm_of_tensors`.
+    Stage 3: in fp64, but in fp32 where the states are offloaded.
     """
     model = Transfer("model", "all_reduce")
     stage = config.zero.stage
     if stage == 0:
         yield model, Amount(1, 4)
     elif is_bf16_optimizer(config):
-        yield model, Amount(2, 8)
+        yield model, Amount(1, 4)
     else:
         size = 8 if stage == 3 and not config.zero.offload_optimizer else 4
         flags = int(stage < 3 and config.train.precision == "bf16")
         for transfer in (REDUCE, model):
-            yield transfer, Amount(2 + flags, 2 * size + flags)
+            yield transfer, Amount(2 + flags, 2 * size + 4 * flags)
 
 
 def tied_gradient_traffic(config: Config, table_numel: int, dp_size: int) -> Iterator[Part]:
@@ -102,7 +101,7 @@ def _reduced_gradients(
     config: Config, shapes: Shapes, stage: Stage, dp_size: int, num_microbatches: int
 ) -> Iterator[Part]:
     """Stages 1 and 2 in buckets; stage 1 once per step, stage 2 in every backward pass."""
-    zero, element = config.zero, BYTES[config.train.precision]
+    zero, element = config.zero, BYTES[config.train.gradient_accumulation]
     if is_bf16_optimizer(config):
         sizes = [math.prod(shape) for shape in shapes.values()]
         yield REDUCE, Amount(len(list(_joined(sizes, BF16_OPTIMIZER_BUCKET))), sum(sizes) * element)
