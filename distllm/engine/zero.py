@@ -196,7 +196,8 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
         # BF16_Optimizer (stage 1) would keep all bf16 gradients beside their fp32 sums until the step.
         result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation}
-        result["communication_data_type"] = config.train.gradient_accumulation  # else bf16, whatever was summed
+        # By default bf16, whatever gradients were summed in.
+        result["communication_data_type"] = config.train.gradient_accumulation
     return result
 
 

@@ -74,9 +74,7 @@ def norm_reductions(config: Config) -> Iterator[Part]:
     """
     model = Transfer("model", "all_reduce")
     stage = config.zero.stage
-    if stage == 0:
-        yield model, Amount(1, 4)
-    elif is_bf16_optimizer(config):
+    if stage == 0 or is_bf16_optimizer(config):
         yield model, Amount(1, 4)
     else:
         size = 8 if stage == 3 and not config.zero.offload_optimizer else 4
