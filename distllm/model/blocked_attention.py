@@ -25,50 +25,40 @@ class BlockSize:
 
 
 # The best of those tried at 512 and 2,048 tokens on cores with 1 MiB of cache each.
-BLOCK_SIZES = {torch.float32: BlockSize(64, 1 << 18), torch.bfloat16: BlockSize(128, 1 << 20)}
+BLOCK_SIZES = {torch.float32: BlockSize(64, 1 << 18), torch.bfloat16: BlockSize(128, 1 << 19)}
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """query: [seq, batch, heads, head_dim]; key, value: [seq, batch, groups, head_dim]. Returns the shape of
     query. Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products on a CPU
     have no fp32 output; Megatron's attention without fused kernels does the same."""
-    context: Tensor = _BlockedAttention.apply(query, key, value, scale)
-    return context
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Some key/value groups of one sequence, and their query heads."""
-
-    sequence: int
-    groups: slice
-    heads: slice
-    num_groups: int
-    heads_per_group: int
-
-    def rows(self, x: Tensor) -> Tensor:
-        """[seq, batch, heads, ...] -> [groups, heads per group, seq, ...]."""
-        part = x[:, self.sequence, self.heads].unflatten(1, (self.num_groups, self.heads_per_group))
-        return part.movedim(0, 2)
+    seq, batch, num_groups, head_dim = key.shape
+    by_group = query.reshape(seq, batch * num_groups, -1, head_dim)
+    keys, values = (x.reshape(seq, batch * num_groups, head_dim) for x in (key, value))
+    context: Tensor = _BlockedAttention.apply(by_group, keys, values, scale)
+    return context.view(query.shape)
 
 
 class _BlockedAttention(torch.autograd.Function):
+    """query: [seq, groups, heads per group, head_dim]; key, value: [seq, groups, head_dim]: groups of all
+    sequences of the batch, since to a product they are alike."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
         normalizer = query.new_empty(query.shape[:3], dtype=torch.float32)  # log-sum-exp of the scores
-        for part in _parts(query, key):
-            queries = part.rows(query * scale)
-            keys = key[:, part.sequence, part.groups].permute(1, 2, 0).contiguous()  # [groups, head_dim, seq]
-            values = value[:, part.sequence, part.groups].transpose(0, 1).contiguous()
+        for part in _parts(query):
+            queries = _rows(query[:, part] * scale)
+            keys = key[:, part].permute(1, 2, 0).contiguous()  # [groups, head_dim, seq]
+            values = value[:, part].transpose(0, 1).contiguous()  # [groups, seq, head_dim]
             for rows in _blocks(query):
                 scores = _scores(queries[:, :, rows], keys[:, :, : rows.stop])
                 largest = scores.amax(-1, keepdim=True)
                 scores.sub_(largest).exp_()
                 total = scores.sum(-1, keepdim=True)
                 weighted = torch.bmm(scores.flatten(1, 2).to(query.dtype), values[:, : rows.stop])
-                part.rows(context)[:, :, rows] = weighted.view(*scores.shape[:3], -1).div_(total)
-                part.rows(normalizer)[:, :, rows] = total.log_().add_(largest)[..., 0]
+                _rows(context[:, part])[:, :, rows] = weighted.view(*scores.shape[:3], -1).div_(total)
+                _rows(normalizer[:, part])[:, :, rows] = total.log_().add_(largest)[..., 0]
         ctx.save_for_backward(query, key, value, context, normalizer)
         ctx.scale = scale
         return context
@@ -78,41 +68,41 @@ class _BlockedAttention(torch.autograd.Function):
         query, key, value, context, normalizer = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
         # Of each row, what the softmax takes off all of its gradients (the D of the paper).
-        offset = (grad_context.float() * context.float()).sum(-1)  # [seq, batch, heads]
-        for part in _parts(query, key):
-            queries, grads = part.rows(query * ctx.scale), part.rows(grad_context)
-            keys = key[:, part.sequence, part.groups].transpose(0, 1).contiguous()  # [groups, seq, head_dim]
-            values = value[:, part.sequence, part.groups].transpose(0, 1).contiguous()
+        offset = (grad_context.float() * context.float()).sum(-1)  # [seq, groups, heads per group]
+        for part in _parts(query):
+            queries, grads = _rows(query[:, part] * ctx.scale), _rows(grad_context[:, part])
+            normalizers, offsets = _rows(normalizer[:, part]), _rows(offset[:, part])
+            keys, values = (x[:, part].transpose(0, 1).contiguous() for x in (key, value))
             grad_keys, grad_values = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
             for rows in _blocks(query):
                 seen = slice(0, rows.stop)
                 scores = _scores(queries[:, :, rows], keys[:, seen].transpose(1, 2))
-                probabilities = scores.sub_(part.rows(normalizer)[:, :, rows, None]).exp_()
+                probabilities = scores.sub_(normalizers[:, :, rows, None]).exp_()
                 block_grads = grads[:, :, rows].flatten(1, 2)  # [groups, heads per group * rows, head_dim]
                 _add_product(grad_values[:, seen], probabilities, block_grads)
                 grad_scores = torch.bmm(block_grads, values[:, seen].transpose(1, 2)).float()
-                grad_scores = grad_scores.view_as(scores).sub_(part.rows(offset)[:, :, rows, None])
+                grad_scores = grad_scores.view_as(scores).sub_(offsets[:, :, rows, None])
                 grad_scores.mul_(probabilities)
                 by_key = torch.bmm(grad_scores.flatten(1, 2).to(query.dtype), keys[:, seen])
-                part.rows(grad_query)[:, :, rows] = by_key.view(*scores.shape[:3], -1).mul_(ctx.scale)
+                _rows(grad_query[:, part])[:, :, rows] = by_key.view(*scores.shape[:3], -1).mul_(ctx.scale)
                 _add_product(grad_keys[:, seen], grad_scores, queries[:, :, rows].flatten(1, 2))
-            grad_key[:, part.sequence, part.groups] = grad_keys.transpose(0, 1)
-            grad_value[:, part.sequence, part.groups] = grad_values.transpose(0, 1)
+            grad_key[:, part] = grad_keys.transpose(0, 1)
+            grad_value[:, part] = grad_values.transpose(0, 1)
         return grad_query, grad_key, grad_value, None
 
 
-def _parts(query: Tensor, key: Tensor) -> Iterator[_Heads]:
-    """All heads of all sequences, as many at once as the scores of one block allow."""
-    seq, batch, num_heads, _ = query.shape
-    num_groups = key.size(2)
-    heads_per_group = num_heads // num_groups
+def _rows(x: Tensor) -> Tensor:
+    """[seq, groups, heads per group, ...] -> [groups, heads per group, seq, ...], a view."""
+    return x.movedim(0, 2)
+
+
+def _parts(query: Tensor) -> Iterator[slice]:
+    """All groups, as many at once as the scores of one block allow."""
+    seq, num_groups, heads_per_group, _ = query.shape
     block = BLOCK_SIZES[query.dtype]
     size = max(1, block.scores // (heads_per_group * block.queries * seq))
-    for sequence in range(batch):
-        for first in range(0, num_groups, size):
-            last = min(first + size, num_groups)
-            heads = slice(first * heads_per_group, last * heads_per_group)
-            yield _Heads(sequence, slice(first, last), heads, last - first, heads_per_group)
+    for first in range(0, num_groups, size):
+        yield slice(first, min(first + size, num_groups))
 
 
 def _blocks(query: Tensor) -> Iterator[slice]:
