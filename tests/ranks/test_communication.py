@@ -35,6 +35,7 @@ GPT2 = (
     "model.seq_length=32",
 )
 # Name: (ranks, overrides)
+LONG = pytest.mark.long
 LAYOUTS = {
     "DP2": (2, ()),
     "DP4": (4, ()),
@@ -95,7 +96,7 @@ def check(world_size: int, cases: list[tuple[str, ...]], *args: Any) -> None:
             assert counted == predicted, (case, found.coordinates)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if LAYOUTS[n][0] > 2 else ()) for n in LAYOUTS])
 def test_every_call_and_byte_is_predicted(name: str) -> None:
     """Each stage in fp32 and bf16, with two microbatches (or four) and, where the schedule allows it, one."""
     world_size, layout = LAYOUTS[name]
@@ -120,6 +121,7 @@ def test_every_call_and_byte_is_predicted(name: str) -> None:
 STAGES = [f"zero.stage={stage}" for stage in (0, 1, 2, 3)]
 
 
+@LONG
 def test_one_copy_of_a_tied_embedding_on_each_end_of_a_pipeline() -> None:
     check(
         4, [(stage, precision, PP, TIED) for stage in STAGES for precision in ("train.precision=fp32", BF16)]
@@ -130,6 +132,7 @@ def test_learned_positions_biases_and_layer_norms() -> None:
     check(4, [(stage, *GPT2, TP, *sequence) for stage in STAGES for sequence in ((), (SP,))])
 
 
+@LONG
 def test_recomputed_layers_repeat_their_way_forward() -> None:
     again = [("recompute=full",), ("recompute=full", "recompute.num_layers=1"), ("recompute=selective",)]
     check(2, [(TP, *how, *sequence) for how in again for sequence in ((), (SP,))])

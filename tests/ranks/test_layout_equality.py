@@ -91,6 +91,7 @@ def test_every_stage_tied_and_untied(name: str, tied: jobs.Trace, untied: jobs.T
     check(world_size, layout, {(): untied, (TIED,): tied}, stages=(0, 1, 2, 3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MORE_LAYOUTS)
 def test_more_of_the_layouts(name: str, tied: jobs.Trace) -> None:
     world_size, layout = MORE_LAYOUTS[name]
@@ -102,6 +103,7 @@ def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace, untied: jobs.T
     check(8, layout, {(): untied, (TIED,): tied}, stages=(1, 2, 3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_optimizer_states_in_host_memory(stage: int, tied: jobs.Trace) -> None:
     for layout in (
