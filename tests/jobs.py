@@ -22,7 +22,7 @@ from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Grid
 from distllm.layout.groups import Groups, create_groups, destroy_groups
 from distllm.layout.place import Box
-from distllm.model.build import build_model, compile_steps
+from distllm.model.build import build_model
 
 VOCAB_SIZE = 300
 
@@ -83,9 +83,7 @@ def build_engine(config: Config, vocab_size: int = VOCAB_SIZE) -> Engine:
         torch.distributed.get_world_size(), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
     )
     groups = create_groups(grid, timedelta(seconds=60), config.parallel.virtual_pipeline)
-    built = build_model(config, vocab_size, groups, torch.device("cpu"))
-    if config.train.compile:
-        compile_steps(built, _never)
+    built = build_model(config, vocab_size, groups, torch.device("cpu"), _never)
     return create_engine(built.chunks, built.places, config, groups)
 
 

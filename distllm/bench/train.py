@@ -11,7 +11,7 @@ always there: the share of the measured peak.
 
 from __future__ import annotations
 
-import logging
+import statistics
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,35 +19,21 @@ import torch.distributed as dist
 
 from distllm.bench.engine import World, world
 from distllm.bench.report import Report, Spread, device_name
-from distllm.bench.timing import PeakMemory, measured_peak_flops, repeated_seconds, seconds_of
+from distllm.bench.timing import PeakMemory, measured_peak_flops, repeated_seconds
 from distllm.config.schema import Config
-from distllm.engine.engine import Engine, Limits
+from distllm.engine.phases import Timings
 from distllm.metrics.format import block, bytes_, count, plural, rate
 from distllm.model.size import count_parameters, flops_per_token
 from distllm.runtime.devices import peak_flops
 
-NO_UPDATE = Limits(loss=-1.0)  # a loss is never below: the step ends before the optimizer moves
 LEARNING_RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Seconds of a step's parts, as medians.
-
-    forward: of all microbatches, without gradients. backward: what a step that is refused takes longer: the
-    backward pass, the reduction of gradients and their norm. update: what a whole step takes longer than
-    that: clipping and the optimizer.
-    """
-
-    forward: float
-    backward: float
-    update: float
 
 
 @dataclass(frozen=True)
 class TrainSpeed:
     """Of all ranks together; memory of the rank that needs most, above what it had before the model.
 
+    phases: median seconds by phase, see distllm/engine/phases.py, on rank 0.
     measured_peak_flops: FLOP/s of large matrix products, of all ranks. start_loss, end_loss: of the first
     and the last step, nats per token.
     """
@@ -61,7 +47,7 @@ class TrainSpeed:
     share_of_measured_peak: float
     measured_peak_flops: float
     peak_memory_bytes: int
-    parts: Parts
+    phases: dict[str, float]
     start_loss: float
     end_loss: float
 
@@ -78,13 +64,15 @@ def measure(config: Config, vocab_size: int, started: World) -> TrainSpeed:
     memory = PeakMemory(device)
     engine = started.build()
     losses: list[float] = []
+    timings: list[Timings] = []
 
     def step() -> None:
         losses.append(engine.train_step(started.microbatches, LEARNING_RATE).loss)
+        timings.append(engine.phases.end_step())
 
     seconds = repeated_seconds(step, device, config.bench.warmup_steps, config.bench.steps)
     peak_memory = memory.extra_bytes()
-    parts = measure_parts(engine, started, max(1, config.bench.steps // 4))
+    by_step = [step_timings.seconds() for step_timings in timings[-config.bench.steps :]]
     measured_peak = _over_ranks(measured_peak_flops(device, config.train.precision), dist.ReduceOp.SUM)
     spread = Spread.of(seconds)
     tokens_per_step = config.train.global_batch_size * config.model.seq_length
@@ -101,25 +89,10 @@ def measure(config: Config, vocab_size: int, started: World) -> TrainSpeed:
         share_of_measured_peak=flops * tokens_per_second / measured_peak,
         measured_peak_flops=measured_peak,
         peak_memory_bytes=int(_over_ranks(peak_memory, dist.ReduceOp.MAX)),
-        parts=parts,
+        phases={name: statistics.median(step[name] for step in by_step) for name in by_step[0]},
         start_loss=losses[0],
         end_loss=losses[-1],
     )
-
-
-def measure_parts(engine: Engine, started: World, repeats: int) -> Parts:
-    """Only by what an engine offers, in turns, so that a disturbance hits all parts alike."""
-    device, microbatches = started.runtime.device, started.microbatches
-    calls = {
-        "forward": lambda: engine.evaluate(microbatches),
-        "refused": lambda: engine.train_step(microbatches, LEARNING_RATE, NO_UPDATE),
-        "whole": lambda: engine.train_step(microbatches, LEARNING_RATE),
-    }
-    logging.disable(logging.WARNING)  # DeepSpeed takes a refusal for an overflow, and says so
-    turns = [{name: seconds_of(call, device) for name, call in calls.items()} for _ in range(repeats)]
-    logging.disable(logging.NOTSET)
-    forward, refused, whole = (Spread.of([turn[name] for turn in turns]).median for name in calls)
-    return Parts(forward, max(0.0, refused - forward), max(0.0, whole - refused))
 
 
 def _over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
@@ -133,7 +106,7 @@ def _over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
 def table(config: Config, speed: TrainSpeed, world_size: int) -> str:
     model, train, seconds = config.model, config.train, speed.step_seconds
     mfu = f"{speed.mfu:.1%}" if speed.mfu is not None else "unknown: the peak of this device is not known"
-    parts = speed.parts
+    phases = [f"{name.replace('_', ' ')} {median:.4g} s" for name, median in speed.phases.items()]
     return block(
         f"distllm bench train: {plural(world_size, 'rank')}, {device_name()}",
         {
@@ -144,8 +117,7 @@ def table(config: Config, speed: TrainSpeed, world_size: int) -> str:
             "step": f"{seconds.median:.4g} s, median of {seconds.count} "
             f"({seconds.least:.4g} to {seconds.most:.4g})",
             "speed": rate(speed.tokens_per_second),
-            "parts": f"forward {parts.forward:.4g} s, backward and reduction {parts.backward:.4g} s, "
-            f"clipping and update {parts.update:.4g} s",
+            "phases": ", ".join(phases),
             "MFU": mfu,
             "of products": f"{speed.share_of_measured_peak:.1%} of {speed.measured_peak_flops / 1e9:,.0f} "
             f"GFLOP/s of large {train.precision} matrix products here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +31,16 @@ class BuiltModel:
     places: dict[nn.Parameter, Place]
 
 
-def build_model(config: Config, vocab_size: int, groups: Groups, device: torch.device) -> BuiltModel:
+def build_model(
+    config: Config,
+    vocab_size: int,
+    groups: Groups,
+    device: torch.device,
+    warn: Callable[[str], None] = warnings.warn,
+) -> BuiltModel:
     """Build this rank's part of the model on `device` and give it its initial weights.
+
+    warn: is told, in the first step, what `train.compile` asks for and cannot be compiled.
 
     A chunk takes tokens and positions, both [batch, seq], and where documents begin in them, [num_documents +
     1] int32, or None: attention then stays inside documents, not sequences. The last chunk returns a loss
@@ -49,14 +58,11 @@ def build_model(config: Config, vocab_size: int, groups: Groups, device: torch.d
         places |= parameter_places(module, groups)
         chunks.append(module)
     initialize_weights(places, config.model, config.train.seed)
+    if config.train.compile:
+        operations = compiled(warn)
+        for chunk_module in chunks:
+            use_operations(chunk_module, operations)
     return BuiltModel(chunks, places)
-
-
-def compile_steps(built: BuiltModel, report: Callable[[str], None]) -> None:
-    """Have the steps of training use compiled operations; what cannot be compiled is told to `report`."""
-    operations = compiled(report)
-    for chunk in built.chunks:
-        use_operations(chunk, operations)
 
 
 def _build_chunk(

@@ -65,24 +65,24 @@ class Operations:
 AS_WRITTEN = Operations()
 
 
-def compiled(report: Callable[[str], None]) -> Operations:
-    """Compiled where the first call of each succeeds; else as written, which `report` is told.
+def compiled(warn: Callable[[str], None]) -> Operations:
+    """Compiled where the first call of each succeeds; else as written, which `warn` is told.
 
     For the steps of training, whose shapes never change: every further shape would be compiled anew. Kernels
     are kept on disk, in TORCHINDUCTOR_CACHE_DIR.
     """
     # Compiling in worker processes would leave them behind, and a forked rank cannot start them.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    stand_in = partial(_WithFallback, report=report)
+    stand_in = partial(_WithFallback, warn=warn)
     return Operations(stand_in(rms_norm), stand_in(swiglu), stand_in(split_heads))
 
 
 class _WithFallback:
     """A compiled function, until it fails."""
 
-    def __init__(self, function: Callable[..., Any], report: Callable[[str], None]) -> None:
+    def __init__(self, function: Callable[..., Any], warn: Callable[[str], None]) -> None:
         self._as_written = function
-        self._report = report
+        self._warn = warn
         self._function = torch.compile(function, fullgraph=True, dynamic=False)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -93,5 +93,5 @@ class _WithFallback:
         except Exception as error:  # a missing compiler, or a bug of one: there is no common class
             self._function = self._as_written
             reason = str(error).strip().splitlines()[0]
-            self._report(f"{self._as_written.__name__} runs as it is written: not compiled: {reason}")
+            self._warn(f"{self._as_written.__name__} runs as it is written: not compiled: {reason}")
             return self._as_written(*arguments)

@@ -10,7 +10,7 @@ from distllm.data.prepared import PreparedData
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups
-from distllm.model.build import build_model, compile_steps
+from distllm.model.build import build_model
 from distllm.model.size import flops_per_token
 from distllm.runtime.activity import Activity
 from distllm.runtime.devices import peak_flops
@@ -70,9 +70,7 @@ def build_job(
     prefetch = config.sequences.prefetch
     feed = Feed(data.training, shape, groups.coordinates.data, runtime.device, prefetch)
     validation = create_validation(config, prepared, data.validation)
-    built = build_model(config, prepared.vocab_size, groups, runtime.device)
-    if config.train.compile:
-        compile_steps(built, reporter.warn)
+    built = build_model(config, prepared.vocab_size, groups, runtime.device, reporter.warn)
     engine = create_engine(built.chunks, built.places, config, groups)
     if start.path is not None:
         restore(engine, start.path)

@@ -49,6 +49,8 @@ def test_train_tells_the_speed_of_steps(tmp_path: Path) -> None:
     products = results["flops_per_token"] * results["tokens_per_second"] / results["measured_peak_flops"]
     assert results["share_of_measured_peak"] == pytest.approx(products)
     assert 0 < products < 1
+    assert set(results["phases"]) == {"forward", "backward", "optimizer"}
+    assert all(0 < phase < seconds["most"] for phase in results["phases"].values())
     assert results["mfu"] is None  # no peak of a processor is known
     # Weights, gradients and two moments in fp32 are the least that must have been added.
     assert results["peak_memory_bytes"] > 16 * results["num_parameters"]
