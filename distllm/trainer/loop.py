@@ -42,25 +42,14 @@ def fit(job: Job) -> TrainState:
                 be_patient(job, state)  # a rewind reads a checkpoint
                 rows.flush()
                 state = recovery.after_refusal(result, allowed, state, seconds)
-                profiler.end_window(state.step + 1)
                 continue
             recovery.after_success()
             before, state = state, after_step(job, state, result)
             row = make_row(job, before, state, result, seconds) | {"checkpoint_seconds": saving_seconds}
             rows.add(row | ({"profiled": True} if profiler.is_active else {}), timings)
             be_patient(job, state)
-            if job.validation and is_due(state.step, config.train.validation_interval, config.train.steps):
-                rows.flush()
-                began = time.perf_counter()
-                validation = validate(job.engine, job.validation, state.step)
-                reporter.validation_row(validation | {"validation_seconds": time.perf_counter() - began})
-            began = time.perf_counter()
-            job.checkpoints.report()
-            if is_due(state.step, config.checkpoint.interval, config.train.steps):
-                rows.flush()
-                job.checkpoints.save(state, "interval")
-            saving_seconds = time.perf_counter() - began
-            profiler.end_window(state.step + 1)
+            validate_if_due(job, state, rows)
+            saving_seconds = save_if_due(job, state, rows)
         profiler.stop()
         rows.flush()
         be_patient(job, state)
@@ -88,6 +77,25 @@ def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
         allowed,
         wants_stop=job.stop_request.reason is not None,
     )
+
+
+def validate_if_due(job: Job, state: TrainState, rows: TrainingRows) -> None:
+    train = job.config.train
+    if job.validation and is_due(state.step, train.validation_interval, train.steps):
+        rows.flush()
+        began = time.perf_counter()
+        row = validate(job.engine, job.validation, state.step)
+        job.reporter.validation_row(row | {"validation_seconds": time.perf_counter() - began})
+
+
+def save_if_due(job: Job, state: TrainState, rows: TrainingRows) -> float:
+    """Seconds for which training stands still."""
+    began = time.perf_counter()
+    job.checkpoints.report()
+    if is_due(state.step, job.config.checkpoint.interval, job.config.train.steps):
+        rows.flush()
+        job.checkpoints.save(state, "interval")
+    return time.perf_counter() - began
 
 
 def be_patient(job: Job, state: TrainState) -> None:

@@ -47,7 +47,10 @@ class StepProfiler:
         return self._is_begun and not self._is_stopped
 
     def before_step(self, step: int) -> None:
-        """step: the number of the step to come, from 1."""
+        """step: the number of the step to come, from 1. Collective behind the window, where it writes."""
+        if self.is_active and step not in self._window:
+            self.stop()
+            self._write_together()
         if self._is_begun or step not in self._window:
             return
         self._is_begun = True
@@ -68,12 +71,6 @@ class StepProfiler:
         """What the step (or attempt) has taken."""
         if self.is_active:
             self._steps.append((step, seconds, timings))
-
-    def end_window(self, next_step: int) -> None:
-        """Write, if the next step is outside. Collective; may take a while."""
-        if self.is_active and next_step not in self._window:
-            self.stop()
-            self._write_together()
 
     def stop(self) -> None:
         """Trace no more; what has been traced is written later."""
