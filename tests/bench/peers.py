@@ -70,6 +70,7 @@ class Program:
 
 ONE_RANK = {
     OURS: Program("ours.py"),
+    "distllm, compiled": Program("ours.py", {"overrides": ["train.compile=true"]}),
     "bare loop, distllm's model": Program("bare.py"),
     "transformers": Program("huggingface.py"),
     "transformers, compiled": Program("huggingface.py", {"compile": True}),
@@ -116,7 +117,7 @@ class Contestant:
         python = setup.venv_python if program.needs_venv else sys.executable
         assert python, "an environment was made for the programs that need one"
         command = [str(python), "-W", "ignore", str(PROGRAMS / program.file)]
-        command.append(json.dumps(job | {"options": program.options | setup.options(name)}))
+        command.append(json.dumps(job | {"options": setup.options(name, program)}))
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
         self.ranks = [
             subprocess.Popen(
@@ -178,8 +179,10 @@ class Setup:
     threads: int
     overrides: list[str]
 
-    def options(self, name: str) -> dict[str, Any]:
-        return {"overrides": self.overrides} if OURS in name else {}
+    def options(self, name: str, program: Program) -> dict[str, Any]:
+        if OURS not in name:
+            return program.options
+        return program.options | {"overrides": program.options.get("overrides", []) + self.overrides}
 
 
 def environment(setup: Setup) -> dict[str, str]:
