@@ -82,15 +82,21 @@ def test_what_accumulation_costs(stage: int, grows: bool) -> None:
         assert sent(many, 4, "data") == sent(few, 4, "data")
 
 
-def test_bf16_halves_what_zero_sends_but_not_what_we_reduce_in_fp32() -> None:
-    def bytes_of(stage: int, precision: str) -> float:
-        return sent(
-            config_of(f"zero.stage={stage}", f"train.precision={precision}", "world_size=4"), 4, "data"
-        )
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_go_in_bf16_and_gradients_in_the_type_that_they_are_summed_in(stage: int) -> None:
+    def bytes_of(*precision: str) -> tuple[int, int]:
+        """(of weights, of gradients)"""
+        traffic = traffic_of(f"zero.stage={stage}", *precision, "world_size=4", dp_size=4)
+        weights = traffic.get(Transfer("data", "all_gather"), Amount(0, 0)).bytes
+        reduced = [amount.bytes for transfer, amount in traffic.items() if "reduce" in transfer.kind]
+        return weights, sum(reduced)
 
-    for stage in (1, 2, 3):
-        assert bytes_of(stage, "bf16") == pytest.approx(bytes_of(stage, "fp32") / 2, rel=1e-3)
-    assert bytes_of(0, "bf16") == bytes_of(0, "fp32")
+    weights, gradients = bytes_of("train.precision=fp32")
+    half = (weights / 2, gradients / 2)
+    # Norms and flags of a few bytes are not halved.
+    assert bytes_of("train.precision=bf16") == pytest.approx((half[0], gradients), rel=1e-3)
+    both = bytes_of("train.precision=bf16", "train.gradient_accumulation=bf16")
+    assert both == pytest.approx(half, rel=1e-3)
 
 
 def test_tensor_parallel_layers_by_hand() -> None:
