@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distllm.model import blocked_attention as module
+from distllm.model.attention import CausalAttention, are_blocks_faster
 from distllm.model.blocked_attention import BlockSize, blocked_attention
 
 HEAD_DIM = 16
@@ -50,6 +51,19 @@ def test_output_and_gradients(
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("seq", "head_dim", "uses_blocks"), [(512, 64, True), (511, 64, False), (512, 32, False)]
+)
+def test_attention_takes_what_is_faster(seq: int, head_dim: int, uses_blocks: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(seq, 2, 2, head_dim, generator=generator) for _ in range(3))
+    assert are_blocks_faster(query) == uses_blocks
+    attention = CausalAttention(None, 1, None, "self")
+    found = attention(query, key, value, None)
+    wanted = expected(query, key, value, head_dim**-0.5).reshape(seq, 2, 2 * head_dim)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
 
 
 def test_strided_inputs_and_a_scale_of_one() -> None:
