@@ -24,8 +24,13 @@ class BlockSize:
     scores: int
 
 
-# The best of those tried at 512 and 2,048 tokens on cores with 1 MiB of cache each.
-BLOCK_SIZES = {torch.float32: BlockSize(64, 1 << 18), torch.bfloat16: BlockSize(128, 1 << 19)}
+# The best of those tried with two threads on cores with 1 MiB of cache each.
+BLOCK_SIZES = {torch.float32: BlockSize(64, 1 << 18), torch.bfloat16: BlockSize(128, 1 << 20)}
+LARGER_BLOCK = BlockSize(256, 1 << 20)  # above 1,024 tokens
+
+
+def block_size(query: Tensor) -> BlockSize:
+    return LARGER_BLOCK if len(query) > 1024 else BLOCK_SIZES[query.dtype]
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -99,14 +104,14 @@ def _rows(x: Tensor) -> Tensor:
 def _parts(query: Tensor) -> Iterator[slice]:
     """All groups, as many at once as the scores of one block allow."""
     seq, num_groups, heads_per_group, _ = query.shape
-    block = BLOCK_SIZES[query.dtype]
+    block = block_size(query)
     size = max(1, block.scores // (heads_per_group * block.queries * seq))
     for first in range(0, num_groups, size):
         yield slice(first, min(first + size, num_groups))
 
 
 def _blocks(query: Tensor) -> Iterator[slice]:
-    size = BLOCK_SIZES[query.dtype].queries
+    size = block_size(query).queries
     for first in range(0, len(query), size):
         yield slice(first, min(first + size, len(query)))
 
