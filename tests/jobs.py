@@ -40,6 +40,15 @@ SMALL_JOB = (
     "zero.bucket_size=20_000",  # several buckets
     "zero.persistence_threshold=0",
 )
+SMALL_GPT2 = (
+    "model=gpt2_124m",
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=4",
+    "model.seq_length=32",
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
-"""Real steps of a job's model under many layouts on local ranks: seconds; bytes counted and predicted.
-
-    python -m distllm.bench.layouts [--json FILE] [--steps N] [--ranks 1,2,4,8] [--vocab-size N]
-        [overrides]
+"""`distllm bench layouts`: real steps of a job's model under many layouts on local ranks; seconds, and bytes
+counted and predicted.
 
 All ranks share this machine's processors, so the seconds compare layouts with each other on it and predict
 no cluster; calls and bytes are those of any cluster.
@@ -9,17 +7,15 @@ no cluster; calls and bytes are those of any cluster.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 from distllm.bench.local_ranks import run_on_ranks
-from distllm.bench.report import Report, Spread, to_json
-from distllm.config import compose, rules
+from distllm.bench.report import Report, Spread
+from distllm.config import rules
 from distllm.config.schema import Config
 from distllm.layout.traffic import Amount, Transfer, add_up
 from distllm.metrics.format import bytes_
@@ -198,27 +194,3 @@ def _table(rows: Sequence[Mapping[str, Any]], refused: Mapping[str, str]) -> str
             )
     lines += [f"{name}: not possible for this job, since {why}" for name, why in refused.items()]
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m distllm.bench.layouts", description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks, with commas")
-    parser.add_argument("--vocab-size", type=int, default=300)
-    given, overrides = parser.parse_known_args(arguments)
-    config = compose.load(compose.parse("check", overrides))
-    chosen = {int(number) for number in given.ranks.split(",")}
-    layouts = [layout for layout in DEFAULT_LAYOUTS if layout.ranks in chosen]
-    report = run(config, given.vocab_size, layouts, given.steps)
-    print(report.table)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(to_json("layouts", config, report) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    from distllm.bench.layouts import main as importable_main  # what ranks run is looked up by its name
-
-    raise SystemExit(importable_main())

@@ -1,6 +1,5 @@
-"""What a start costs beside the work, by the number of ranks, and what of it would hurt on 16,384.
-
-    python -m distllm.bench.startup [--json FILE] [--ranks 1,2,4,8,16] [overrides]
+"""`distllm bench startup`: what a start costs beside the work, by the number of ranks, and what of it would
+hurt on 16,384.
 
 Every rank is a process of this machine, data-parallel unless the overrides say otherwise; the work of each
 stays the same. Seconds of the processor are each rank's own; wall time is not, where ranks outnumber cores.
@@ -10,7 +9,6 @@ of training (objects that ranks gather); they are fitted to 1, log n and n.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm.bench.local_ranks import run_on_ranks
-from distllm.bench.report import Report, to_json
+from distllm.bench.report import Report
 from distllm.bench.scaling import fit
 from distllm.config import compose
 from distllm.config.schema import Config
@@ -268,23 +266,3 @@ def _table(by_ranks: Mapping[int, Mapping[str, Cost]], growth: Sequence[Mapping[
         name = f"{item['phase']}: {item['quantity'].replace('_', ' ')}"
         lines.append(f"    {name:<56}{formula:<28}{item[f'at_{LARGE}']:>16,.1f}")
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m distllm.bench.startup", description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--ranks", default=",".join(map(str, DEFAULT_RANKS)), help="with commas")
-    given, overrides = parser.parse_known_args(arguments)
-    config = compose.load(compose.parse("check", ["model=tiny", "tokenizer=bytes", *overrides]))
-    report = run(config, 0, overrides, [int(number) for number in given.ranks.split(",")])
-    print(report.table)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(to_json("startup", config, report) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    from distllm.bench.startup import main as importable_main  # what ranks run is looked up by its name
-
-    raise SystemExit(importable_main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class _Timer:
 _NO_TIMER = _Timer()
 
 
-class _RangeTimer(_Timer):
+class _RangeTimer(_Timer, ABC):
     def __init__(self, phases: Phases, name: str) -> None:
         self.phases, self.name = phases, name
         self._range: Any = None
@@ -115,11 +116,11 @@ class _RangeTimer(_Timer):
             self._range.__exit__(None, None, None)
             self._range = None
 
-    def _begin(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _begin(self) -> None: ...
 
-    def _end(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _end(self) -> None: ...
 
 
 class _HostTimer(_RangeTimer):

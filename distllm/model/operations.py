@@ -92,6 +92,6 @@ class _WithFallback:
             return self._function(*arguments)
         except Exception as error:  # a missing compiler, or a bug of one: there is no common class
             self._function = self._as_written
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._warn(f"{self._as_written.__name__} runs as it is written: not compiled: {reason}")
             return self._as_written(*arguments)

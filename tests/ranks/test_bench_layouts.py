@@ -1,12 +1,10 @@
 """`distllm.bench.layouts` measures real steps on ranks that it starts itself."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from distllm.bench.layouts import main
+from distllm.bench.layouts import DEFAULT_LAYOUTS, run
 from distllm.bench.local_ranks import run_on_ranks
+from distllm.config import compose
 
 SMALL = ("model=tiny", "tokenizer=bytes", "train.global_batch_size=4", "train.micro_batch_size=1")
 
@@ -22,17 +20,12 @@ def never_done(rank: int) -> None:
     time.sleep(1000)
 
 
-def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "results" / "layouts.json"
-    assert (
-        main(["--ranks", "2", "--steps", "1", "--json", str(file), *SMALL, "model.num_query_groups=1"]) == 0
-    )
-    table = capsys.readouterr().out
-    assert "DP2, ZeRO-3" in table
-    assert "TP2, SP: not possible for this job, since" in table
-    written = json.loads(file.read_text())
-    assert {"date", "environment", "config", "results"} <= written.keys()
-    rows = {row["layout"]: row for row in written["results"]["layouts"]}
+def test_table_and_rows() -> None:
+    config = compose.load(compose.parse("check", [*SMALL, "model.num_query_groups=1"]))
+    report = run(config, 300, [layout for layout in DEFAULT_LAYOUTS if layout.ranks == 2], steps=1)
+    assert "DP2, ZeRO-3" in report.table
+    assert "TP2, SP: not possible for this job, since" in report.table
+    rows = {row["layout"]: row for row in report.results["layouts"]}
     assert {"DP2, ZeRO-0", "PP2", "PP2, 2 chunks"} <= rows.keys()
     for row in rows.values():
         assert row["ratio"] == 1

@@ -1,19 +1,16 @@
 """`distllm.bench.startup` starts real ranks, counts what they ask of the store, and fits it."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from distllm.bench.startup import PHASES, main
+from distllm.bench.startup import PHASES, run
+from distllm.config import compose
 
 
-def test_table_json_and_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "startup.json"
-    assert main(["--ranks", "1,2,3", "--json", str(file)]) == 0
-    table = capsys.readouterr().out
-    assert "what that would be on 16,384 ranks" in table
-    results = json.loads(file.read_text())["results"]
+def test_table_and_growth() -> None:
+    overrides = ("model=tiny", "tokenizer=bytes")
+    report = run(compose.load(compose.parse("check", overrides)), 0, overrides, [1, 2, 3])
+    assert "what that would be on 16,384 ranks" in report.table
+    results = report.results
     assert list(results["ranks"]) == ["1", "2", "3"]
     for costs in results["ranks"].values():
         assert tuple(costs) == PHASES

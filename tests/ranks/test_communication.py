@@ -25,15 +25,6 @@ TP, PP, SP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true
 INTERLEAVED = "parallel.virtual_pipeline=2"
 TIED, BF16 = "model.tie_embeddings=true", "train.precision=bf16"
 SMALL_BATCH = "train.global_batch_size=8"
-GPT2 = (
-    "model=gpt2_124m",
-    "model.num_layers=4",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=128",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=4",
-    "model.seq_length=32",
-)
 # Name: (ranks, overrides)
 LONG = pytest.mark.long
 LAYOUTS = {
@@ -129,7 +120,10 @@ def test_one_copy_of_a_tied_embedding_on_each_end_of_a_pipeline() -> None:
 
 
 def test_learned_positions_biases_and_layer_norms() -> None:
-    check(4, [(stage, *GPT2, TP, *sequence) for stage in STAGES for sequence in ((), (SP,))])
+    check(
+        4,
+        [(stage, *jobs.SMALL_GPT2, TP, *sequence) for stage in STAGES for sequence in ((), (SP,))],
+    )
 
 
 @LONG

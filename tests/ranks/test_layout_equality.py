@@ -11,15 +11,6 @@ import pytest
 from harness import run_ranks
 
 TIED = "model.tie_embeddings=true"
-SMALL_GPT2 = (
-    "model=gpt2_124m",
-    "model.num_layers=4",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=128",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=4",
-    "model.seq_length=32",
-)
 # Name: (ranks, overrides)
 LAYOUTS = {
     "TP2": (2, ("parallel.tensor=2",)),
@@ -116,12 +107,12 @@ def test_optimizer_states_in_host_memory(stage: int, tied: jobs.Trace) -> None:
 
 
 def test_gpt2_shape_with_biases_learned_positions_and_sequence_parallelism() -> None:
-    reference = single_process(*SMALL_GPT2)
+    reference = single_process(*jobs.SMALL_GPT2)
     for layout in (
         ("parallel.tensor=4", "parallel.sequence=true"),
         ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"),
     ):
-        check(4, layout, {SMALL_GPT2: reference}, stages=(0, 2, 3))
+        check(4, layout, {jobs.SMALL_GPT2: reference}, stages=(0, 2, 3))
 
 
 def test_stage_3_with_parts_that_need_padding() -> None:
