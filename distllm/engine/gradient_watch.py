@@ -43,6 +43,6 @@ class GradientWatch:
     def _watch(self, name: str, gradient: Tensor) -> Tensor | None:
         if self.injected_factor is not None:
             gradient = gradient * self.injected_factor
-        total = gradient.detach().sum(dtype=torch.float32)
+        total = gradient.detach().sum()  # in the gradient's type: another would make a copy of it first
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         return None if self.injected_factor is None else gradient

@@ -45,14 +45,30 @@ class ReplicatedEngine(Engine):
         dtype = DTYPES[config.train.gradient_accumulation]
         self.flat_gradient = torch.zeros(sum(p.numel() for p in places), dtype=dtype, device=self.device)
         self.gradients = _views_by_parameter(self.flat_gradient, places)
-        for parameter, gradient in self.gradients.items():
-            _accumulate_into(parameter, gradient)
+        self.without_gradient: set[nn.Parameter] = set()
+        for parameter in places:
+            parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     def _begin_step(self, num_microbatches: int) -> None:
-        self.flat_gradient.zero_()
+        self.without_gradient = set(self.places)
+
+    @torch.no_grad()
+    def _accumulate(self, parameter: Tensor) -> None:
+        """Move what a backward pass has made into the flat gradient; for bf16 parameters in fp32, where that
+        is its type: a sum of many bf16 microbatches loses the small ones."""
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None, "the hook runs after a gradient was accumulated"
+        if parameter in self.without_gradient:
+            self.without_gradient.remove(parameter)
+            self.gradients[parameter].copy_(parameter.grad)  # zeroing all and adding reads and writes more
+        else:
+            self.gradients[parameter].add_(parameter.grad)
+        parameter.grad = None
 
     @torch.no_grad()
     def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
+        for parameter in self.without_gradient:
+            self.gradients[parameter].zero_()
         self._reduce_gradients()
         grad_norm = self._global_grad_norm()
         if not verdict.allows(grad_norm):
@@ -65,8 +81,7 @@ class ReplicatedEngine(Engine):
         for parameter, master in self.masters.items():
             master.grad = self.gradients[parameter].to(master.dtype)  # itself where the types are equal
         self.optimizer.step()
-        if self.flat_gradient.dtype != torch.float32:
-            self.optimizer.zero_grad(set_to_none=True)  # the fp32 copies, as large as the masters
+        self.optimizer.zero_grad(set_to_none=True)  # also what fp32 parameters would go on adding to
         self._refresh_working_weights()
 
     def _reduce_gradients(self) -> None:
@@ -152,18 +167,3 @@ def _views_by_parameter(flat: Tensor, places: Mapping[nn.Parameter, Place]) -> d
         views[parameter] = flat[offset : offset + parameter.numel()].view_as(parameter)
         offset += parameter.numel()
     return views
-
-
-def _accumulate_into(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Make backward passes add to `gradient`; in fp32 for bf16 parameters, where that is its type: a sum of
-    many bf16 microbatches loses the small ones."""
-    if gradient.dtype == parameter.dtype:
-        parameter.grad = gradient  # autograd adds in place
-        return
-
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None, "the hook runs after a gradient was accumulated"
-        gradient.add_(parameter.grad)
-        parameter.grad = None
-
-    parameter.register_post_accumulate_grad_hook(hook)

@@ -16,8 +16,7 @@ from distllm.layout.groups import Groups
 from distllm.layout.place import Place
 from distllm.model.gpt import GPT
 from distllm.model.init import initialize_weights
-from distllm.model.layers import use_operations
-from distllm.model.operations import compiled
+from distllm.model.operations import compiled, use_operations
 from distllm.model.places import parameter_places
 from distllm.model.spec import block_spec, transformer_config
 

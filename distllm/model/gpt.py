@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from distllm.model.loss import VocabularyPart, linear_cross_entropy
+from distllm.model.operations import AS_WRITTEN, Operations
 from distllm.model.rotary import RotaryTables
 
 
@@ -17,6 +18,7 @@ class OutputLayer(ColumnParallelLinear):
     weights where the module is called, and nowhere else."""
 
     num_tokens_in_vocabulary: int
+    operations: Operations = AS_WRITTEN
 
     def forward(
         self,
@@ -32,7 +34,10 @@ class OutputLayer(ColumnParallelLinear):
         weight = self.weight if weight is None else weight
         first = self.tp_group.rank() * len(weight)
         part = VocabularyPart(first, self.num_tokens_in_vocabulary - first, self.tp_group)
-        return linear_cross_entropy(input_, weight, labels, token_weights, part, self.sequence_parallel)
+        operations = self.operations if self.training else AS_WRITTEN
+        return linear_cross_entropy(
+            input_, weight, labels, token_weights, part, self.sequence_parallel, operations
+        )
 
 
 class GPT(GPTModel):

@@ -8,9 +8,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from distllm.model.norm import RMSNorm, summed_over_sequence
+from distllm.model.norm import summed_over_sequence
 from distllm.model.operations import AS_WRITTEN, Operations
 
 
@@ -67,10 +67,3 @@ class FeedForward(MLP):
         activation = operations.swiglu if self.config.gated_linear_unit else self.config.activation_func
         output, bias = self.linear_fc2(activation(hidden))
         return output, bias
-
-
-def use_operations(model: nn.Module, operations: Operations) -> None:
-    """In the training steps of `model`; elsewhere shapes vary, and operations run as they are written."""
-    for module in model.modules():
-        if isinstance(module, Attention | FeedForward | RMSNorm):
-            module.operations = operations

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from distllm.model.operations import AS_WRITTEN, Operations
 from distllm.model.size import LOGITS_PER_CHUNK, tokens_per_chunk
 
 
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None,
     part: VocabularyPart,
     sequence_parallel: bool,
+    operations: Operations = AS_WRITTEN,
 ) -> Tensor:
     """hidden: [seq (/tp), batch, hidden]; weight: [padded_vocab/tp, hidden]; labels: [batch, seq].
 
@@ -57,40 +59,77 @@ def linear_cross_entropy(
     flat_labels = labels.t().reshape(-1)
     if token_weights is not None:
         total: Tensor = _WeightedLoss.apply(
-            flat_hidden, weight, flat_labels, token_weights.t().reshape(-1), part
+            flat_hidden, weight, flat_labels, token_weights.t().reshape(-1), part, operations
         )
         return total
     assert not torch.is_grad_enabled(), "the losses of single tokens have no gradients"
     losses = [
-        _losses(flat_hidden[rows], weight, flat_labels[rows], part)[1]
+        _softmax(flat_hidden[rows], weight, flat_labels[rows], part, operations).losses()
         for rows in _chunks(flat_hidden, weight)
     ]
     return torch.cat(losses).view(seq, batch).t().contiguous()
 
 
 class _WeightedLoss(torch.autograd.Function):
-    """Sum of weight * loss over tokens; gradients are computed on the way forward."""
+    """Sum of weight * loss over tokens; gradients are computed on the way forward.
+
+    With e = exp(logit - largest), n = sum(e) and w the token's weight, the gradient of the logits is
+    (e - n * [is the label]) * w / n. The last factor is the token's, so it is multiplied into what comes out
+    of the one product and goes into the other: the logits themselves are passed over no more.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, part: VocabularyPart
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        part: VocabularyPart,
+        operations: Operations,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for rows in _chunks(hidden, weight):
-            probabilities, losses = _losses(hidden[rows], weight, labels[rows], part)
-            total += (losses * token_weights[rows]).sum()
-            grad_logits = _grad_logits(probabilities, labels[rows], token_weights[rows], part)
-            grad_logits = grad_logits.to(hidden.dtype)  # [tokens of the chunk, vocab/tp]
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad_logits.t(), hidden[rows])
+            softmax = _softmax(hidden[rows], weight, labels[rows], part, operations)
+            total += (softmax.losses() * token_weights[rows]).sum()
+            unscaled = softmax.without_label()  # [tokens of the chunk, vocab/tp]
+            scale = (token_weights[rows] / softmax.normalizer)[:, None]
+            torch.mm(unscaled, weight, out=grad_hidden[rows])
+            grad_hidden[rows].mul_(scale)
+            grad_weight.addmm_(unscaled.t(), (hidden[rows] * scale).to(hidden.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None
+        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """Of a chunk of tokens. exponentials: of this rank's logits, each above its token's largest, [tokens,
+    vocab/tp]. row_of_label: in them, any where is_label_here is false. label_logit: above the largest, too.
+    normalizer: sum of the exponentials of all ranks. All but the first are [tokens]."""
+
+    exponentials: Tensor
+    row_of_label: Tensor
+    is_label_here: Tensor
+    label_logit: Tensor
+    normalizer: Tensor
+
+    def losses(self) -> Tensor:
+        """[tokens] in fp32."""
+        return self.normalizer.log() - self.label_logit
+
+    def without_label(self) -> Tensor:
+        """The exponentials, in their place, less the normalizer where the label is."""
+        row = self.row_of_label[:, None]
+        # The label's own in fp32: where a prediction is sure, the difference is small.
+        of_label = (self.label_logit.exp() - self.normalizer).to(self.exponentials.dtype)
+        here = torch.where(self.is_label_here, of_label, self.exponentials.gather(1, row)[:, 0])
+        return self.exponentials.scatter_(1, row, here[:, None])
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -100,37 +139,22 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + size, num_tokens))
 
 
-def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
-    """(probabilities of this rank's rows, [tokens, vocab/tp], losses, [tokens]), both in fp32."""
-    logits = (hidden @ weight.t()).float()
+def _softmax(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart, operations: Operations
+) -> _Softmax:
+    logits = hidden @ weight.t()  # [tokens, vocab/tp]
     if part.num_real < logits.size(1):
         logits[:, max(0, part.num_real) :] = -torch.inf
-    largest = logits.amax(1)
+    largest = logits.amax(1).float()
     _reduce(largest, dist.ReduceOp.MAX, part)
-    logits -= largest[:, None]
-    is_here, rows = _rows_of(labels, logits, part)
-    of_label = torch.where(is_here, logits.gather(1, rows[:, None])[:, 0], 0.0)
-    exponentials = logits.exp_()
-    both = torch.stack([of_label, exponentials.sum(1)])
+    row = labels - part.first
+    is_here = (row >= 0) & (row < logits.size(1))
+    row = torch.where(is_here, row, 0)
+    of_label = torch.where(is_here, logits.gather(1, row[:, None])[:, 0].float() - largest, 0.0)
+    exponentials, normalizer = operations.exponentials(logits, largest)
+    both = torch.stack([of_label, normalizer])
     _reduce(both, dist.ReduceOp.SUM, part)
-    of_label, normalizer = both
-    return exponentials.div_(normalizer[:, None]), normalizer.log() - of_label
-
-
-def _grad_logits(
-    probabilities: Tensor, labels: Tensor, token_weights: Tensor, part: VocabularyPart
-) -> Tensor:
-    """d(weight * loss)/d(logits) in the place of the probabilities."""
-    is_here, rows = _rows_of(labels, probabilities, part)
-    probabilities.scatter_add_(1, rows[:, None], -is_here[:, None].to(probabilities.dtype))
-    return probabilities.mul_(token_weights[:, None])
-
-
-def _rows_of(labels: Tensor, logits: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
-    """(whether this rank holds a label's row, which row: any where it does not), both [tokens]."""
-    rows = labels - part.first
-    is_here = (rows >= 0) & (rows < logits.size(1))
-    return is_here, torch.where(is_here, rows, 0)
+    return _Softmax(exponentials, row, is_here, *both)
 
 
 def _reduce(tensor: Tensor, operation: Any, part: VocabularyPart) -> None:

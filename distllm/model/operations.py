@@ -1,4 +1,4 @@
-"""What a layer does between its matrix products; as written, or compiled into one kernel each.
+"""What the model does between its matrix products; as written, or compiled into one kernel each.
 
 Regions, not whole layers: these functions hold no parameter, hook or collective, so that compiling them can
 change nothing about ZeRO, tensor parallelism or recomputation, and takes seconds.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -53,6 +53,55 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - largest), in their place, and its sums over rows, in fp32.
+
+    logits: [tokens, vocab/tp]; largest: [tokens].
+    """
+    result = logits.float().sub_(largest[:, None]).exp_()
+    return logits.copy_(result), result.sum(1)
+
+
+def causal_exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the place of the scores exp(score - largest of the row), or 0 for keys in the future; its sums over
+    rows; and the largest score of each.
+
+    scores: [groups, heads per group, rows, seen], of the last `rows` of `seen` tokens. Returns as much, and
+    twice [groups, heads per group, rows, 1] in fp32.
+    """
+    result = _hide_future(scores.float())
+    largest = result.amax(-1, keepdim=True)
+    result.sub_(largest).exp_()
+    return scores.copy_(result), result.sum(-1, keepdim=True), largest
+
+
+def causal_gradients(
+    scores: Tensor, grads: Tensor, normalizer: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(probabilities, gradients of the scores), in the places of the scores and of `grads`.
+
+    scores, grads: [groups, heads per group, rows, seen], the second of the probabilities. normalizer: log of
+    the sum of exp(score); offset: sum of gradient times probability; both [groups, heads per group, rows, 1]
+    in fp32.
+    """
+    probabilities = _hide_future(scores.float()).sub_(normalizer).exp_()
+    grad_scores = grads.float().sub_(offset).mul_(probabilities)
+    return scores.copy_(probabilities), grads.copy_(grad_scores)
+
+
+def _hide_future(scores: Tensor) -> Tensor:
+    """In place: -inf for keys behind the row's own token."""
+    rows, seen = scores.shape[-2:]
+    future = torch.full((rows, rows), -torch.inf, device=scores.device).triu_(1)
+    scores[..., seen - rows :].add_(future)
+    return scores
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y over the last dim, in fp32."""
+    return (x.float() * y.float()).sum(-1)
+
+
 @dataclass(frozen=True)
 class Operations:
     """The functions above, or what stands in for them."""
@@ -60,30 +109,50 @@ class Operations:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     swiglu: Callable[[Tensor], Tensor] = swiglu
     split_heads: Callable[[Tensor, int, int, Tensor | None], tuple[Tensor, Tensor, Tensor]] = split_heads
+    exponentials: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = exponentials
+    causal_exponentials: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = causal_exponentials
+    causal_gradients: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = causal_gradients
+    row_dot: Callable[[Tensor, Tensor], Tensor] = row_dot
 
 
 AS_WRITTEN = Operations()
 
 
+def use_operations(model: nn.Module, operations: Operations) -> None:
+    """In the training steps of `model`; elsewhere shapes vary, and operations run as they are written."""
+    modules: Any = model.modules()
+    for module in modules:
+        if hasattr(module, "operations"):
+            module.operations = operations
+
+
 def compiled(warn: Callable[[str], None]) -> Operations:
     """Compiled where the first call of each succeeds; else as written, which `warn` is told.
 
-    For the steps of training, whose shapes never change: every further shape would be compiled anew. Kernels
-    are kept on disk, in TORCHINDUCTOR_CACHE_DIR.
+    For the steps of training, whose shapes never change: every further shape would be compiled anew, but for
+    blocks of scores. Kernels are kept on disk, in TORCHINDUCTOR_CACHE_DIR.
     """
     # Compiling in worker processes would leave them behind, and a forked rank cannot start them.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    stand_in = partial(_WithFallback, warn=warn)
-    return Operations(stand_in(rms_norm), stand_in(swiglu), stand_in(split_heads))
+    static, dynamic = (partial(_WithFallback, is_dynamic=value, warn=warn) for value in (False, True))
+    return Operations(
+        rms_norm=static(rms_norm),
+        swiglu=static(swiglu),
+        split_heads=static(split_heads),
+        exponentials=static(exponentials),
+        causal_exponentials=dynamic(causal_exponentials),  # each block of queries sees more keys
+        causal_gradients=dynamic(causal_gradients),
+        row_dot=static(row_dot),
+    )
 
 
 class _WithFallback:
     """A compiled function, until it fails."""
 
-    def __init__(self, function: Callable[..., Any], warn: Callable[[str], None]) -> None:
+    def __init__(self, function: Callable[..., Any], is_dynamic: bool, warn: Callable[[str], None]) -> None:
         self._as_written = function
         self._warn = warn
-        self._function = torch.compile(function, fullgraph=True, dynamic=False)
+        self._function = torch.compile(function, fullgraph=True, dynamic=is_dynamic)
 
     def __call__(self, *arguments: Any) -> Any:
         if self._function is self._as_written:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from distllm.config.problems import UserError, user_error
 from distllm.runtime import cpu
+from distllm.runtime.allocator import keep_freed_memory
 from distllm.runtime.launcher import die_with_launcher
 
 T = TypeVar("T")
@@ -119,6 +120,7 @@ def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for accelerators, loudly
         cpu.install()
+        keep_freed_memory()
         return torch.device("cpu")
     ranks_on_node = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     if ranks_on_node > torch.cuda.device_count():

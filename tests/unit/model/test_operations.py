@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distllm.model.layers import use_operations
 from distllm.model.norm import RMSNorm
-from distllm.model.operations import AS_WRITTEN, Operations, compiled
+from distllm.model.operations import AS_WRITTEN, Operations, compiled, use_operations
 
 SEQ, BATCH, GROUPS, HEADS_PER_GROUP, HEAD_DIM = 12, 2, 3, 2, 8
 
@@ -71,6 +70,36 @@ def test_compiled_operations_compute_the_same(name: str, operations: Operations)
     for found, wanted in zip(*results, strict=True):
         # fp32, with sums in another order and other approximations of exp.
         torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["exponentials", "causal_exponentials", "causal_gradients", "row_dot"])
+def test_compiled_operations_without_gradients(name: str, dtype: torch.dtype, operations: Operations) -> None:
+    """They may overwrite what they are given, so each gets its own; twice, as blocks grow to the right."""
+    for seen in (4, 8):
+        shape = 2, 3, 4, seen
+        for_rows = random(2, 3, 4, 1)
+        arguments: dict[str, list[Tensor]] = {
+            "exponentials": [random(5, seen).to(dtype), random(5)],
+            "causal_exponentials": [random(*shape).to(dtype)],
+            "causal_gradients": [random(*shape).to(dtype), random(*shape).to(dtype), for_rows, for_rows],
+            "row_dot": [random(*shape).to(dtype), random(*shape).to(dtype)],
+        }
+        results = [
+            getattr(source, name)(*(x.clone() for x in arguments[name]))
+            for source in (AS_WRITTEN, operations)
+        ]
+        # fp32 as above; in bf16 what lies close to the middle of two numbers may be rounded either way.
+        relative = 2e-6 if dtype == torch.float32 else 2.0**-7
+        torch.testing.assert_close(*results[::-1], rtol=relative, atol=2e-6)
+
+
+def test_nothing_is_seen_in_the_future() -> None:
+    exponentials, total, largest = AS_WRITTEN.causal_exponentials(random(1, 1, 3, 5).clone())
+    assert (exponentials[0, 0] > 0).tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
+    assert torch.equal(total[..., 0], exponentials.sum(-1))
+    assert exponentials.amax() == 1.0, "exp(score - largest)"
+    assert largest[0, 0, 2, 0] == random(1, 1, 3, 5)[0, 0, 2].amax()
 
 
 @pytest.mark.parametrize(

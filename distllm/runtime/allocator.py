@@ -1,0 +1,26 @@
+"""glibc's allocator, made to keep what tensors free.
+
+By default (2.36) it gives large blocks back to the kernel at once, and every step of training takes them
+anew, page by page, each cleared first: 130,000 page faults a step of 34 million parameters in bf16, which
+cost 4% of the time at sequences of 512 tokens and 15% at 2,048.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_INT = 2**31 - 1
+LARGEST_KEPT_BLOCK = 1 << 30
+USERS_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Whether it does from now on: not where the C library is another, or the environment sets it already."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name in os.environ for name in USERS_SETTINGS):
+        return False
+    kept = mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK), mallopt(M_TRIM_THRESHOLD, LARGEST_INT)
+    return all(kept)
