@@ -209,9 +209,13 @@ def _put_together(mine: Pieces) -> dict[str, torch.Tensor]:
     return weights
 
 
-def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None, "no backward pass has reached this parameter"
-    return parameter.grad
+def take_gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    """This rank's sums over backward passes at stage 0, by canonical name, in the shapes of parameters; the
+    next sums begin at 0."""
+    assert isinstance(engine, ReplicatedEngine), "ZeRO keeps gradients elsewhere"
+    taken = {place.name: engine.gradients[parameter].clone() for parameter, place in engine.places.items()}
+    engine.flat_gradient.zero_()
+    return taken
 
 
 def assert_weights_close(

@@ -68,7 +68,7 @@ def our_passes(rank: int, overrides: tuple[str, ...]) -> Passes:
         loss_mask=jobs.even_weights(labels),
     )
     loss.backward()
-    gradients = {name: jobs.gradient(parameter).clone() for name, parameter in named.items()}
+    gradients = jobs.take_gradients(engine)
     jobs.finish(engine)
     return Passes(weights, logits, loss.item(), gradients)
 

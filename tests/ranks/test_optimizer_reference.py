@@ -30,16 +30,11 @@ def trained_with_gradients(
         with torch.no_grad():
             for parameter, place in shadow.places.items():
                 parameter.copy_(weights[-1][place.name].reshape(parameter.shape))
-                parameter.grad = torch.zeros_like(parameter)
         (batch,) = jobs.microbatches(step, config, shadow.groups)
         mean = jobs.even_weights(batch.labels)
         shadow.chunks[0](batch.inputs, batch.positions, None, labels=batch.labels, loss_mask=mean).backward()
-        gradients.append(
-            {
-                place.name: jobs.gradient(p).view(place.global_shape).clone()
-                for p, place in shadow.places.items()
-            }
-        )
+        taken = jobs.take_gradients(shadow)
+        gradients.append({name: raw.view_as(weights[-1][name]) for name, raw in taken.items()})
         norms.append(engine.train_step([batch], RATE).grad_norm)
         weights.append(jobs.gather_weights(engine))
     jobs.finish(engine)
