@@ -33,7 +33,7 @@ class World:
 @contextmanager
 def world(config: Config, vocab_size: int) -> Iterator[World]:
     """The ranks of the job, for the length of a block. Collective."""
-    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
+    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds), config.parallel.tensor)
     succeeded = False
     try:
         grid = Grid.from_world_size(

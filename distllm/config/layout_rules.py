@@ -113,14 +113,18 @@ def microbatches_fill_the_chunks(config: Config, world_size: int) -> Iterator[Pr
 
 
 def zero_has_what_is_asked(config: Config, _: int) -> Iterator[Problem]:
-    if config.zero.stage == 0:
-        for name, reason in (
-            ("overlap_comm", "has no communication to overlap"),
-            ("offload_optimizer", "keeps optimizer states whole, on the device"),
-        ):
-            if getattr(config.zero, name):
-                rule = f"must be false for zero.stage=0, which {reason}"
-                yield Problem(f"zero.{name}", True, rule, f"zero.{name}=false, or zero.stage=1")
+    if config.zero.stage == 0 and config.zero.offload_optimizer:
+        rule = "must be false for zero.stage=0, which keeps optimizer states whole, on the device"
+        fix = "zero.offload_optimizer=false, or zero.stage=1"
+        yield Problem("zero.offload_optimizer", True, rule, fix)
+    if config.zero.stage == 1 and config.zero.overlap_comm and config.parallel.virtual_pipeline > 1:
+        # DeepSpeed 0.19.8 reduces while the last microbatch of the step goes back through one chunk only:
+        # what the other chunks hold is left out, and the loss is off in the third digit after three steps.
+        rule = (
+            "must be false for zero.stage=1 with interleaved chunks "
+            f"(parallel.virtual_pipeline={config.parallel.virtual_pipeline}), whose gradients would get lost"
+        )
+        yield Problem("zero.overlap_comm", True, rule, "zero.overlap_comm=false, or zero.stage=2")
 
 
 def _multiple_above(number: int, unit: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine, Verdict
 from distllm.engine.optimizer import create_adamw
+from distllm.engine.reduction import GradientReduction
 from distllm.engine.tied import tied_copy
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
@@ -38,19 +39,25 @@ class ReplicatedEngine(Engine):
     ) -> None:
         super().__init__(chunks, places, groups)
         self.clip_grad = config.optimizer.clip_grad
-        self.bucket_size = config.zero.bucket_size
         self.masters = _create_masters(places)
         self.optimizer = create_adamw(places, self.masters, config.optimizer)
         self.tied = tied_copy(places, groups, config.model.tie_embeddings)
         dtype = DTYPES[config.train.gradient_accumulation]
         self.flat_gradient = torch.zeros(sum(p.numel() for p in places), dtype=dtype, device=self.device)
-        self.gradients = _views_by_parameter(self.flat_gradient, places)
+        ranges = _ranges(places)
+        self.gradients = {
+            p: self.flat_gradient[where.start : where.stop].view_as(p) for p, where in ranges.items()
+        }
+        self.reduction = GradientReduction(
+            self.flat_gradient, ranges, config.zero.bucket_size, groups.data, config.zero.overlap_comm
+        )
         self.without_gradient: set[nn.Parameter] = set()
         for parameter in places:
             parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     def _begin_step(self, num_microbatches: int) -> None:
         self.without_gradient = set(self.places)
+        self.reduction.begin_step(num_microbatches)
 
     @torch.no_grad()
     def _accumulate(self, parameter: Tensor) -> None:
@@ -64,12 +71,15 @@ class ReplicatedEngine(Engine):
         else:
             self.gradients[parameter].add_(parameter.grad)
         parameter.grad = None
+        self.reduction.gradient_added(parameter)
 
     @torch.no_grad()
     def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
         for parameter in self.without_gradient:
             self.gradients[parameter].zero_()
-        self._reduce_gradients()
+        self.reduction.finish()
+        if self.tied is not None:
+            dist.all_reduce(self.gradients[self.tied], group=self.groups.embedding)
         grad_norm = self._global_grad_norm()
         if not verdict.allows(grad_norm):
             return
@@ -83,15 +93,6 @@ class ReplicatedEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # also what fp32 parameters would go on adding to
         self._refresh_working_weights()
-
-    def _reduce_gradients(self) -> None:
-        """Mean over the data-parallel ranks, in buckets: one huge message would need as huge a workspace."""
-        if self.groups.grid.data > 1:
-            for bucket in self.flat_gradient.split(self.bucket_size):
-                dist.all_reduce(bucket, group=self.groups.data)
-            self.flat_gradient.div_(self.groups.grid.data)
-        if self.tied is not None:
-            dist.all_reduce(self.gradients[self.tied], group=self.groups.embedding)
 
     def _global_grad_norm(self) -> Tensor:
         """Every element of the model counts once: replicas are left out, parts are summed."""
@@ -160,10 +161,11 @@ def _create_masters(places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, 
     return {p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for p in places}
 
 
-def _views_by_parameter(flat: Tensor, places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, Tensor]:
-    views: dict[nn.Parameter, Tensor] = {}
+def _ranges(places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, range]:
+    """One parameter after the other."""
+    ranges: dict[nn.Parameter, range] = {}
     offset = 0
     for parameter in places:
-        views[parameter] = flat[offset : offset + parameter.numel()].view_as(parameter)
+        ranges[parameter] = range(offset, offset + parameter.numel())
         offset += parameter.numel()
-    return views
+    return ranges

@@ -60,7 +60,8 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         account_for_embedding_in_pipeline_split=parallel.embedding_as_layer,
         account_for_loss_in_pipeline_split=parallel.loss_as_layer,
         # Batched sends name no message: with two stages the previous and the next rank are the same, and
-        # interleaved chunks take each other's activations on gloo, without any error.
+        # interleaved chunks take each other's activations on gloo, without any error. So do overlapped ones
+        # (overlap_p2p_comm, which there is for interleaved stages only), with any number of stages.
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
         **_recompute_arguments(config.recompute),

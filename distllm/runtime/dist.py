@@ -48,8 +48,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def start(timeout: timedelta) -> Runtime:
+def start(timeout: timedelta, tensor_parallel: int = 1) -> Runtime:
     """Choose the device and create the world group: NCCL on GPUs, gloo without."""
+    if tensor_parallel > 1:
+        # Kernels then start in the order in which they are called. Megatron Core's linear layers (0.16.1,
+        # tensor_parallel/layers.py) count on it: what they send goes ahead of the product that hides it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     die_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))

@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     prepared = prepare(config.data, config.preparation, config.tokenizer, report)
     data = open_data(config, prepared, report)
     # Twice the watchdog's deadline: it speaks first and says more than a collective's timeout.
-    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds))
+    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds), config.parallel.tensor)
     succeeded, exit_code = False, 0
     lock, stop_request = _RunLock(Path(config.run.dir)), StopRequest()
     try:

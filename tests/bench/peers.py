@@ -5,11 +5,13 @@
 
 Every contestant (tests/bench/peers/) is a process of its own, or one for each of two ranks, all of them alive
 at a time. They take turns of a few steps, so that what disturbs the machine hits all alike; each turn is
-compared with ours in the same turn, and the median of the ratios counts. A step lasts from the end of the one
-before: data, forward, backward, clipping and update. Memory is the peak of the resident set above what it was
-after the imports; the start lasts from the start of the process until the first update is done. All begin
-with the same weights and see the same tokens: in fp32 the first losses must agree to 1e-4, and the losses
-after all steps to 1e-3; a row that does not is marked, and the exit code is 1.
+compared with ours in the same turn, and the median of the ratios counts. Beside the rate stands its share of
+what large matrix products reach on this machine, at 6 FLOP per parameter and token and 12 per layer, position
+and width of attention. A step lasts from the end of the one before: data, forward, backward, clipping and
+update. Memory is the peak of the resident set above what it was after the imports; the start lasts from the
+start of the process until the first update is done. All begin with the same weights and see the same tokens:
+in fp32 the first losses must agree to 1e-4, and the losses after all steps to 1e-3; a row that does not is
+marked, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -248,6 +250,7 @@ def run_case(
         "options": {},
     }
     tokens = seq_length * micro_batch_size * arguments.microbatches * setup.num_ranks
+    peak = product_peak(precision, setup)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         job["weights"] = str(write_weights(job | {"precision": "fp32"}, setup, folder))
@@ -271,12 +274,43 @@ def run_case(
             if answer := ask(name, 0):
                 warm[name] = answer
                 say(f"{case} {precision}: {name} is ready after {answer.startup_seconds:.1f} s")
-        turns = [{name: ask(name, arguments.steps) for name in list(alive)} for _ in range(arguments.turns)]
+        turns = []
+        for turn in range(arguments.turns):  # another begins each time: nobody always follows the same
+            names = list(alive)
+            first = turn % max(1, len(names))
+            turns.append({name: ask(name, arguments.steps) for name in names[first:] + names[:first]})
     whole = [{name: answer for name, answer in turn.items() if answer} for turn in turns]
     sound = {name: answer for name, answer in warm.items() if name in alive}
     rows = list(_rows(programs, sound, whole, tokens))
+    for row in rows:
+        flops = flops_per_token(row["parameters"], job) * row["tokens_per_second"]
+        row |= {"product_peak_flops": peak, "share_of_peak": flops / peak}
     lost = [{"contestant": name, "failed": reason} for name, reason in failures.items()]
     return [{"case": case, "precision": precision, **row} for row in rows + lost]
+
+
+def product_peak(precision: str, setup: Setup) -> float:
+    """FLOP/s of large matrix products with as many threads, of all ranks together, in their own processes."""
+    program = (
+        "import torch; from distllm.bench.timing import measured_peak_flops\n"
+        f"print(measured_peak_flops(torch.device('cpu'), {precision!r}))"
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", program],
+            env=environment(setup),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(setup.num_ranks)
+    ]
+    return sum(float(rank.communicate()[0]) for rank in ranks)
+
+
+def flops_per_token(parameters: int, job: dict[str, Any]) -> float:
+    """Forward and backward, by the convention of distllm/model/size.py; the embedding multiplies nothing."""
+    multiplying = parameters - job["vocab_size"] * job["hidden_size"]
+    return 6.0 * multiplying + 12.0 * job["num_layers"] * job["hidden_size"] * job["seq_length"]
 
 
 def _rows(
@@ -339,7 +373,8 @@ def is_same_work(row: dict[str, Any]) -> bool:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ["case", "contestant", "tok/s", "of ours (worst - best turn)", "peak", "start", "lines"]
+    heads = ["case", "contestant", "tok/s", "of ours (worst - best turn)", "of products' speed", "memory"]
+    heads += ["start", "lines"]
     heads += ["parameters", "first loss", "last loss"]
     lines = ["| " + " | ".join(heads) + " |", "|-|-|" + "-:|" * (len(heads) - 2)]
     for row in rows:
@@ -353,6 +388,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             row["contestant"],
             f"{row['tokens_per_second']:,.0f}",
             f"{row['ratio']:.2f} ({min(ratios):.2f} - {max(ratios):.2f})",
+            f"{row['share_of_peak']:.0%}",
             f"{row['peak_bytes'] / 2**20:,.0f} MiB",
             f"{row['startup_seconds']:.1f} s",
             f"{row['lines']}",

@@ -136,6 +136,7 @@ def test_recomputed_layers_repeat_their_way_forward() -> None:
 def test_other_ways_of_zero() -> None:
     ways = ("zero.overlap_comm=true", "zero.offload_optimizer=true", "zero.persistence_threshold=500")
     check(2, [(stage, way) for stage in STAGES[1:] for way in ways])
+    check(2, [(STAGES[0], "zero.overlap_comm=true", "zero.bucket_size=3000")])
     check(2, [(stage, BF16, "zero.offload_optimizer=true") for stage in STAGES[1:]])
     check(2, [(stage, BF16, "train.gradient_accumulation=bf16") for stage in STAGES])
 

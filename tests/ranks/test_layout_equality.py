@@ -89,6 +89,14 @@ def test_more_of_the_layouts(name: str, tied: jobs.Trace) -> None:
     check(world_size, layout, {(TIED,): tied}, stages=(0, 1, 2, 3))
 
 
+@pytest.mark.long
+def test_gradients_are_reduced_while_backward_passes_go_on(tied: jobs.Trace) -> None:
+    overlapped = ("zero.overlap_comm=true", "zero.bucket_size=3000", "parallel.pipeline=2")
+    check(4, overlapped, {(TIED,): tied}, stages=(0, 1, 2, 3))
+    interleaved = (*overlapped, "parallel.virtual_pipeline=2")
+    check(4, interleaved, {(TIED,): tied}, stages=(0, 2, 3))
+
+
 def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace, untied: jobs.Trace) -> None:
     layout = ("parallel.tensor=2", "parallel.pipeline=2")
     check(8, layout, {(): untied, (TIED,): tied}, stages=(1, 2, 3))

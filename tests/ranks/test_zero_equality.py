@@ -44,7 +44,7 @@ def test_overlapped_reduction_and_many_small_buckets(reference: jobs.Trace) -> N
             "zero.bucket_size=3000",
             "zero.persistence_threshold=500",
         )
-        for stage in (1, 2, 3)
+        for stage in (0, 1, 2, 3)
     ]
     for case, trace in zip(cases, run_ranks(2, jobs.train_cases, cases)[1], strict=True):
         jobs.assert_traces_equal(trace, reference, " ".join(case))

@@ -12,6 +12,7 @@ from torch import Tensor
 from distllm.model import blocked_attention as module
 from distllm.model.attention import CausalAttention, are_blocks_faster
 from distllm.model.blocked_attention import BlockSize, blocked_attention
+from distllm.model.operations import AS_WRITTEN, compiled
 
 HEAD_DIM = 16
 
@@ -51,6 +52,21 @@ def test_output_and_gradients(
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_operations_change_nothing(dtype: torch.dtype) -> None:
+    """Each block sees more keys than the one before; the first sees as many as it has queries."""
+    inputs, gradient = tensors(300, 4, 2, dtype)
+    query, key, value = (x.requires_grad_() for x in inputs)
+    results = []
+    for operations in (compiled(pytest.fail), AS_WRITTEN):
+        context = blocked_attention(query, key, value, 0.3, operations)
+        results.append([context, *torch.autograd.grad(context, inputs, gradient)])
+    for found, wanted in zip(*results, strict=True):
+        # Another approximation of exp, and in bf16 what it makes be rounded the other way: one in 2^8.
+        tolerance = 5e-6 if dtype == torch.float32 else 2.0**-8
+        assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_nearest_come_first_and_none_only_adds_to_another() -> None:
     ("refused_overrides", "nearest"),
     [
         ("parallel.sequence=true world_size=1", "parallel.sequence=false"),
-        ("zero.stage=0 zero.overlap_comm=true world_size=1", "zero.stage=1"),
+        ("zero.stage=0 zero.offload_optimizer=true world_size=1", "zero.stage=1"),
         ("train.micro_batch_size=3 world_size=1", "train.micro_batch_size=4"),
         ("parallel.first_stage_layers=3 world_size=1", "parallel.first_stage_layers=null"),
         (
