@@ -41,7 +41,7 @@ HELP = f"""distllm {__version__}: distributed LLM pretraining.
   distllm VERB [overrides]       or  python -m distllm VERB [overrides]
   torchrun --nproc-per-node N -m distllm VERB [overrides]
   distllm checkpoint list|show|verify|prune run.dir=DIR [overrides]
-  distllm bench train|layouts|checkpoint|data|startup [overrides]
+  distllm bench train|layouts|recompute|checkpoint|data|startup [overrides]
   distllm data shard=I/N [overrides] for each I from 0 to N - 1, on any machines; then
   distllm data merge [overrides]
 

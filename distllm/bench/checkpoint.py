@@ -46,7 +46,7 @@ class Measured:
 def run(config: Config, vocab_size: int) -> Report:
     """Collective: on every rank of the job. The folder is shared by all ranks, as run.dir is."""
     with world(config, vocab_size) as started:
-        engine = started.build()
+        engine = started.build(config)
         engine.train_step(started.microbatches, LEARNING_RATE)
         folder = Path(
             on_main_rank(lambda: tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.bench.folder))

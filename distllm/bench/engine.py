@@ -22,11 +22,11 @@ from distllm.runtime.dist import Runtime
 
 @dataclass(frozen=True)
 class World:
-    """A started world. build: makes model and engine of this rank as `train` does. microbatches: this rank's
-    of one global batch, of random tokens."""
+    """A started world. build: makes model and engine of this rank as `train` does, of a config that has the
+    same layout. microbatches: this rank's of one global batch, of random tokens."""
 
     runtime: Runtime
-    build: Callable[[], Engine]
+    build: Callable[[Config], Engine]
     microbatches: list[Microbatch]
 
 
@@ -41,7 +41,7 @@ def world(config: Config, vocab_size: int) -> Iterator[World]:
         )
         groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
 
-        def build() -> Engine:
+        def build(config: Config) -> Engine:
             built = build_model(config, vocab_size, groups, runtime.device)
             return create_engine(built.chunks, built.places, config, groups)
 

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+from distllm.runtime.allocator import release_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows of square matrices, large enough to reach a device's best rate; a product takes some milliseconds.
@@ -54,6 +57,15 @@ def measured_peak_flops(device: torch.device, precision: str) -> float:
     return best
 
 
+def over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
+    """The values of all ranks in one."""
+    result = torch.tensor(float(value), dtype=torch.float64)
+    if torch.cuda.is_available():
+        result = result.cuda()
+    dist.all_reduce(result, operation)
+    return result.item()
+
+
 class PeakMemory:
     """Most memory that was added since this was made, in bytes.
 
@@ -68,6 +80,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         else:
+            release_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")
             self._before = resident_bytes("VmRSS")
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 
-import torch
 import torch.distributed as dist
 
 from distllm.bench.engine import World, world
 from distllm.bench.report import Report, Spread, device_name
-from distllm.bench.timing import PeakMemory, measured_peak_flops, repeated_seconds
+from distllm.bench.timing import PeakMemory, measured_peak_flops, over_ranks, repeated_seconds
 from distllm.config.schema import Config
 from distllm.engine.phases import Timings
 from distllm.metrics.format import block, bytes_, count, plural, rate
@@ -62,7 +61,7 @@ def run(config: Config, vocab_size: int) -> Report:
 def measure(config: Config, vocab_size: int, started: World) -> TrainSpeed:
     device, world_size = started.runtime.device, started.runtime.world_size
     memory = PeakMemory(device)
-    engine = started.build()
+    engine = started.build(config)
     losses: list[float] = []
     timings: list[Timings] = []
 
@@ -73,7 +72,7 @@ def measure(config: Config, vocab_size: int, started: World) -> TrainSpeed:
     seconds = repeated_seconds(step, device, config.bench.warmup_steps, config.bench.steps)
     peak_memory = memory.extra_bytes()
     by_step = [step_timings.seconds() for step_timings in timings[-config.bench.steps :]]
-    measured_peak = _over_ranks(measured_peak_flops(device, config.train.precision), dist.ReduceOp.SUM)
+    measured_peak = over_ranks(measured_peak_flops(device, config.train.precision), dist.ReduceOp.SUM)
     spread = Spread.of(seconds)
     tokens_per_step = config.train.global_batch_size * config.model.seq_length
     tokens_per_second = tokens_per_step / spread.median
@@ -88,19 +87,11 @@ def measure(config: Config, vocab_size: int, started: World) -> TrainSpeed:
         mfu=flops * tokens_per_second / (peak * world_size) if peak else None,
         share_of_measured_peak=flops * tokens_per_second / measured_peak,
         measured_peak_flops=measured_peak,
-        peak_memory_bytes=int(_over_ranks(peak_memory, dist.ReduceOp.MAX)),
+        peak_memory_bytes=int(over_ranks(peak_memory, dist.ReduceOp.MAX)),
         phases={name: statistics.median(step[name] for step in by_step) for name in by_step[0]},
         start_loss=losses[0],
         end_loss=losses[-1],
     )
-
-
-def _over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
-    result = torch.tensor(float(value), dtype=torch.float64)
-    if torch.cuda.is_available():
-        result = result.cuda()
-    dist.all_reduce(result, operation)
-    return result.item()
 
 
 def table(config: Config, speed: TrainSpeed, world_size: int) -> str:

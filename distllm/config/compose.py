@@ -41,7 +41,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, Va
 ACTIONS: dict[str, tuple[str | None, ...]] = {
     "checkpoint": ("list", "show", "verify", "prune"),
     "data": (None, "merge"),
-    "bench": ("train", "layouts", "checkpoint", "data", "startup"),  # modules of distllm/bench
+    "bench": ("train", "layouts", "recompute", "checkpoint", "data", "startup"),  # modules of distllm/bench
 }
 # What is asked of one call of a verb and is no setting of the job: written NAME=VALUE like an override.
 BARE_ARGUMENTS: dict[str, tuple[str, ...]] = {

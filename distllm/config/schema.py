@@ -303,7 +303,7 @@ class Bench:
     """`distllm bench ACTION`: measure a part of this job on this machine.
 
     steps: training steps that are measured, after warmup_steps that are not. repeats: how often each save,
-        load and reading of data is measured.
+        load, reading of data and way to recompute is measured.
     folder: for scratch files, which are removed; None means the system's folder for them.
     json: file to write the results to.
     """

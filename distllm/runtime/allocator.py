@@ -22,5 +22,13 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name in os.environ for name in USERS_SETTINGS):
         return False
+    # Both, since a program that sets one of them turns off the rule by which glibc adjusts the other.
     kept = mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK), mallopt(M_TRIM_THRESHOLD, LARGEST_INT)
     return all(kept)
+
+
+def release_freed_memory() -> None:
+    """Give it back after all, once: for what is measured next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -33,6 +33,7 @@ import venv
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -450,7 +451,10 @@ def main() -> int:
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": describe_environment(),
-        "peers": (PROGRAMS / "requirements.txt").read_text().splitlines()[2:],
+        "peers": [
+            f"transformers=={version('transformers')}",
+            *(PROGRAMS / "requirements.txt").read_text().splitlines()[2:],
+        ],
         "threads": setup.threads,
         "load_average": [load_before, os.getloadavg()[0]],
         "rows": rows,

@@ -39,6 +39,19 @@ def read(folder: Path) -> dict[str, Any]:
     return results
 
 
+def test_recomputing_costs_time_and_saves_memory(tmp_path: Path) -> None:
+    """Long sequences, so that activations are most of the memory: 4 layers of 512 tokens hold some 20 MB."""
+    shape = ("model.num_layers=4", "model.seq_length=512", "train.micro_batch_size=4")
+    table, results = bench(tmp_path, "recompute", *shape)
+    rows = {(row["recompute"]["granularity"], row["recompute"]["num_layers"]): row for row in results["rows"]}
+    assert list(rows) == [("none", None), ("selective", None), *(("full", n) for n in (1, 2, 3, None))]
+    assert all(row["step_seconds"]["count"] == 3 * 2 for row in rows.values())
+    memory = {key: row["peak_memory_bytes"] for key, row in rows.items()}
+    assert memory["full", None] < memory["full", 2] < memory["none", None]
+    assert "full, 2 layers of a stage" in table
+    assert "ms for a GiB" in table
+
+
 def test_train_tells_the_speed_of_steps(tmp_path: Path) -> None:
     table, results = bench(tmp_path, "train")
     seconds = results["step_seconds"]
