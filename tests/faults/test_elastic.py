@@ -17,7 +17,8 @@ from harness import free_port
 from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
 
 STEPS = 40
-RUN = (*SMALL_RUN, "optimizer.lr=0.001", f"train.steps={STEPS}", "checkpoint.interval=2")
+# With 0.001 the gradient jumps at step 39, by an update in which the rounding of 1e-7 has become 1e-5.
+RUN = (*SMALL_RUN, "optimizer.lr=0.0005", f"train.steps={STEPS}", "checkpoint.interval=2")
 
 
 @pytest.fixture(scope="module")
