@@ -1,8 +1,9 @@
 """`distllm bench recompute`: what it costs to recompute activations, and what it saves, for this very job.
 
 Model, layout and batch are the job's own; from one row to the next only `recompute` changes. The rows take
-turns, in `bench.repeats` rounds of `bench.steps` steps, each with an engine of its own. The last column is
-the exchange: milliseconds of a step for each GiB that the rank with most memory no longer needs.
+turns, in `bench.repeats` rounds of `bench.steps` steps, each with an engine of its own. Layers are those of a
+stage. The last column is the exchange: milliseconds of a step for each GiB that the rank with most memory no
+longer needs.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Measured:
     peak_memory_bytes: int
 
     def __str__(self) -> str:
-        number = self.recompute.num_layers
-        layers = "" if number is None else f", {plural(number, 'layer')} of a stage"
-        return self.recompute.granularity + layers
+        granularity, number = self.recompute.granularity, self.recompute.num_layers
+        if granularity != "full":
+            return granularity
+        return "all layers" if number is None else plural(number, "layer")
 
 
 def run(config: Config, vocab_size: int) -> Report:
