@@ -60,10 +60,12 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         account_for_embedding_in_pipeline_split=parallel.embedding_as_layer,
         account_for_loss_in_pipeline_split=parallel.loss_as_layer,
         # Batched sends name no message: with two stages the previous and the next rank are the same, and
-        # interleaved chunks take each other's activations on gloo, without any error. So do overlapped ones
-        # (overlap_p2p_comm, which there is for interleaved stages only), with any number of stages.
+        # interleaved chunks take each other's activations on gloo, without any error.
         batch_p2p_comm=False,
-        deallocate_pipeline_outputs=True,
+        # Megatron has it for interleaved stages only. It frees an output while that is still being sent, if
+        # told to free outputs: on gloo other activations arrive, again without any error.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        deallocate_pipeline_outputs=parallel.virtual_pipeline == 1,
         **_recompute_arguments(config.recompute),
         params_dtype=dtype,
         pipeline_dtype=dtype,

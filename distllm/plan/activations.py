@@ -40,7 +40,9 @@ def stage_elements_per_token(config: Config, stage: Stage) -> int:
     recomputed = 0
     if recompute.granularity == "full":
         recomputed = sum(min(recompute.num_layers or len(chunk), len(chunk)) for chunk in stage.chunks)
-    return recomputed * layer_input + (len(stage.layers) - recomputed) * layer
+    # What an interleaved chunk sends is not freed (model/spec.py); the last one's output has no next stage.
+    sent = (len(stage.chunks) - stage.is_last) * layer_input if parallel.virtual_pipeline > 1 else 0
+    return recomputed * layer_input + (len(stage.layers) - recomputed) * layer + sent
 
 
 def recomputed_elements_per_token(config: Config) -> int:

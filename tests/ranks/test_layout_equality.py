@@ -97,6 +97,15 @@ def test_gradients_are_reduced_while_backward_passes_go_on(tied: jobs.Trace) -> 
     check(4, interleaved, {(TIED,): tied}, stages=(0, 2, 3))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stages", [3, 4])
+def test_interleaved_stages_overlap_their_messages(stages: int) -> None:
+    """With two stages the previous and the next one are the same, with more they are not."""
+    deep = (f"model.num_layers={2 * stages}", TIED)
+    layout = (f"parallel.pipeline={stages}", "parallel.virtual_pipeline=2", "train.micro_batch_size=2")
+    check(stages, layout, {deep: single_process(*deep)}, stages=(0, 1, 2, 3))
+
+
 def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace, untied: jobs.Trace) -> None:
     layout = ("parallel.tensor=2", "parallel.pipeline=2")
     check(8, layout, {(): untied, (TIED,): tied}, stages=(1, 2, 3))

@@ -57,7 +57,18 @@ def test_layers_are_recomputed_in_every_chunk() -> None:
         "world_size=2",
     )
     config = config_of(*chunks, "recompute=full", "recompute.num_layers=1")
-    assert kept(config) == 2 * layer_elements_per_token(config.model) + 2 * config.model.hidden_size
+    inputs_and_what_is_sent = (2 + 2) * config.model.hidden_size
+    assert kept(config) == 2 * layer_elements_per_token(config.model) + inputs_and_what_is_sent
+
+
+def test_what_interleaved_chunks_send_is_kept() -> None:
+    """By all but the last chunk of the model, which sends nothing."""
+    config = config_of(
+        "parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=1", "world_size=2"
+    )
+    first, last = pipeline_stages(config.model.num_layers, config.parallel)
+    difference = stage_elements_per_token(config, first) - stage_elements_per_token(config, last)
+    assert difference == config.model.hidden_size
 
 
 def in_flight(pipeline: int, virtual: int, microbatches: int) -> list[float]:
