@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distllm.bench.engine import world
+from distllm.bench.engine import LEARNING_RATE, world
 from distllm.bench.report import Report, Spread
 from distllm.bench.saving import Way, at_once, forget, time_way
 from distllm.checkpoint.manifest import find_damage
@@ -29,7 +29,6 @@ from distllm.metrics.format import block, bytes_, plural
 from distllm.runtime.dist import on_main_rank
 
 CHECKPOINT = "step_00000001"
-LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from distllm.model.build import build_model
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
 
+LEARNING_RATE = 1e-4  # of the steps that are measured: small enough for any model
+
 
 @dataclass(frozen=True)
 class World:

@@ -20,7 +20,6 @@ from distllm.config.schema import Config
 from distllm.layout.traffic import Amount, Transfer, add_up
 from distllm.metrics.format import bytes_
 
-DEFAULT_STEPS = 10
 WARMUP_STEPS = 2  # stage 3 sends more in its first step than in any other
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
 
-from distllm.bench.engine import World, world
+from distllm.bench.engine import LEARNING_RATE, World, world
 from distllm.bench.report import Report, Spread, device_name
 from distllm.bench.timing import PeakMemory, over_ranks, repeated_seconds
 from distllm.config import rules
@@ -22,8 +22,6 @@ from distllm.config.schema import Config, Recompute
 from distllm.metrics.format import block, bytes_, plural
 from distllm.plan.stages import pipeline_stages
 
-LEARNING_RATE = 1e-4
-NONE = Recompute("none", None)
 GIB = 1 << 30
 
 
@@ -55,7 +53,7 @@ def variants(config: Config, world_size: int) -> list[Recompute]:
     most = max(len(c) for s in pipeline_stages(config.model.num_layers, config.parallel) for c in s.chunks)
     parts = sorted({math.ceil(most * part / 4) for part in (1, 2, 3)} - {most})
     full = [Recompute("full", number) for number in (*parts, None)]
-    candidates = [NONE, Recompute("selective", None), *full]
+    candidates = [Recompute("none", None), Recompute("selective", None), *full]
     return [r for r in candidates if not rules.check(replace(config, recompute=r), world_size, "check")]
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from distllm.bench.engine import World, world
+from distllm.bench.engine import LEARNING_RATE, World, world
 from distllm.bench.report import Report, Spread, device_name
 from distllm.bench.timing import PeakMemory, measured_peak_flops, over_ranks, repeated_seconds
 from distllm.config.schema import Config
@@ -24,8 +24,6 @@ from distllm.engine.phases import Timings
 from distllm.metrics.format import block, bytes_, count, plural, rate
 from distllm.model.size import count_parameters, flops_per_token
 from distllm.runtime.devices import peak_flops
-
-LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)

@@ -375,8 +375,7 @@ def is_same_work(row: dict[str, Any]) -> bool:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     heads = ["case", "contestant", "tok/s", "of ours (worst - best turn)", "of products' speed", "memory"]
-    heads += ["start", "lines"]
-    heads += ["parameters", "first loss", "last loss"]
+    heads += ["start", "lines", "parameters", "first loss", "last loss"]
     lines = ["| " + " | ".join(heads) + " |", "|-|-|" + "-:|" * (len(heads) - 2)]
     for row in rows:
         case = f"{row['case']} {row['precision']}"

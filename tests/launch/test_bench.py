@@ -39,7 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
     return results
 
 
-def test_recomputing_costs_time_and_saves_memory(tmp_path: Path) -> None:
+def test_recomputing_saves_memory(tmp_path: Path) -> None:
     """Long sequences, so that activations are most of the memory: 4 layers of 512 tokens hold some 20 MB."""
     shape = ("model.num_layers=4", "model.seq_length=512", "train.micro_batch_size=4")
     table, results = bench(tmp_path, "recompute", *shape)
