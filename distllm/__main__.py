@@ -22,7 +22,7 @@ VERBS = {
     "check": ("distllm.verbs.check", "say whether a job is legal on world_size=N ranks, and what it needs"),
     "tokenizer": ("distllm.verbs.tokenizer", "train the tokenizer of a job"),
     "data": ("distllm.verbs.data", "turn the documents of a job into token files; again resumes"),
-    "trace": ("distllm.verbs.trace", "say what data went into a step; prove that each sequence came once"),
+    "trace": ("distllm.verbs.lineage", "say what data went into a step; prove that each sequence came once"),
     "report": ("distllm.verbs.report", "say what became of a run's time"),
     "generate": ("distllm.verbs.generate", "continue a prompt from the newest checkpoint of a run"),
     "export": ("distllm.verbs.export", "write a checkpoint as a Hugging Face folder"),

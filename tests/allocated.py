@@ -16,6 +16,7 @@ import jobs
 from torch import Tensor
 
 from distllm.config.schema import Config
+from distllm.config.stages import pipeline_stages
 from distllm.engine.engine import Engine
 from distllm.engine.replicated import ReplicatedEngine
 from distllm.engine.zero import ZeroEngine
@@ -23,7 +24,6 @@ from distllm.layout.grid import Coordinates
 from distllm.plan.gradients import update_gradients
 from distllm.plan.memory import rank_memory
 from distllm.plan.parameters import stage_parameters
-from distllm.plan.stages import pipeline_stages
 
 # Where DeepSpeed 0.19.8 keeps what; attributes that a class of optimizer does not have are passed over.
 WEIGHTS = ("bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer", "fp16_partitioned_groups_flat")

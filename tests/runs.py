@@ -86,7 +86,7 @@ def record_samples() -> None:
     train_step = loop.train_step
 
     def recording(job: Any, state: Any, allowed: Any) -> Any:
-        microbatches = job.feed.microbatches(state)
+        microbatches = job.batches.microbatches(state)
         here = job.groups.coordinates
         if here.tensor == 0 and here.pipeline == 0:
             hashes = [

@@ -11,9 +11,9 @@ import jobs
 import torch
 from anonymous import PeakAnonymous
 
+from distllm.checkpoint.async_writer import Saver
 from distllm.checkpoint.manifest import find_damage
 from distllm.checkpoint.pieces import pieces_of
-from distllm.checkpoint.saver import Saver
 from distllm.checkpoint.store import Contents
 from distllm.layout.save_groups import create_save_groups
 from distllm.trainer.resume import restore

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from distllm.bench.engine import LEARNING_RATE, world
 from distllm.bench.report import Report, Spread
 from distllm.bench.saving import Way, at_once, forget, time_way
+from distllm.checkpoint.async_writer import Saver
 from distllm.checkpoint.manifest import find_damage
-from distllm.checkpoint.saver import Saver
 from distllm.checkpoint.store import Contents, read_tensors
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 
 from distllm.bench.report import Report, Spread
 from distllm.config.schema import Config
-from distllm.data.ledger import phases
 from distllm.data.loader import StepShape
 from distllm.data.preparation.prepare import prepare
 from distllm.data.preparation.prepare_tokenizer import prepare_tokenizer
 from distllm.data.prepared import PreparedData
+from distllm.lineage.history import blends
 from distllm.metrics.format import block, bytes_, rate
-from distllm.trainer.feed import OpenedData, open_data
+from distllm.trainer.open_data import OpenedData, open_data
 from distllm.trainer.state import TrainState
 
 READ_SECONDS = 1.0
@@ -94,7 +94,7 @@ def _reader(config: Config, data: OpenedData) -> Callable[[int], object]:
     shape = StepShape(batch, config.train.micro_batch_size, dp_size=1)
     smallest = min(source.sequences.num_sequences for source in data.training.sources.values())
     num_steps = max(1, smallest // batch)
-    drawn = phases(state.history)
+    drawn = blends(state.history)
     return lambda number: data.training.microbatches(number % num_steps * batch, drawn, 0, shape)
 
 

@@ -126,7 +126,7 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
     from distllm.layout.groups import create_groups, destroy_groups
     from distllm.model.build import build_model
     from distllm.plan.communication import rank_traffic
-    from distllm.runtime.traffic import TrafficCounter
+    from distllm.runtime.collective_counter import CollectiveCounter
 
     parallel, train = config.parallel, config.train
     grid = Grid.from_world_size(dist.get_world_size(), tensor=parallel.tensor, pipeline=parallel.pipeline)
@@ -143,7 +143,7 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
         begin = time.perf_counter()
         engine.train_step(batch, config.optimizer.lr)
         seconds.append(time.perf_counter() - begin)
-    with TrafficCounter(groups) as counter:
+    with CollectiveCounter(groups) as counter:
         engine.train_step(batch, config.optimizer.lr)
     predicted = rank_traffic(config, vocab_size, grid.data, groups.coordinates.pipeline, has_weights=False)
     destroy_groups()

@@ -19,8 +19,8 @@ from distllm.bench.report import Report, Spread, device_name
 from distllm.bench.timing import PeakMemory, over_ranks, repeated_seconds
 from distllm.config import rules
 from distllm.config.schema import Config, Recompute
+from distllm.config.stages import pipeline_stages
 from distllm.metrics.format import block, bytes_, plural
-from distllm.plan.stages import pipeline_stages
 
 GIB = 1 << 30
 

@@ -108,7 +108,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
         from distllm.engine import zero as zero
         from distllm.trainer import job as job
     _count_store_and_groups(counts)
-    from distllm.checkpoint.saver import Saver
+    from distllm.checkpoint.async_writer import Saver
     from distllm.checkpoint.store import Contents
     from distllm.config.compose import config_hash
     from distllm.data.loader import StepShape
@@ -119,11 +119,12 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     from distllm.layout.save_groups import create_save_groups
     from distllm.model.build import build_model
     from distllm.runtime import dist
-    from distllm.runtime.traffic import TrafficCounter
-    from distllm.trainer.feed import Feed, open_data
+    from distllm.runtime.collective_counter import CollectiveCounter
+    from distllm.trainer.batches import Batches
+    from distllm.trainer.open_data import open_data
     from distllm.trainer.resume import find_start
 
-    counter = TrafficCounter(None)
+    counter = CollectiveCounter(None)
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -154,7 +155,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
         built = build_model(config, prepared.vocab_size, groups, runtime.device)
         engine = create_engine(built.chunks, built.places, config, groups)
     shape = StepShape(config.train.global_batch_size, config.train.micro_batch_size, grid.data)
-    feed = Feed(data.training, shape, groups.coordinates.data, runtime.device, prefetch=0)
+    feed = Batches(data.training, shape, groups.coordinates.data, runtime.device, prefetch=0)
     with phase("first step"):  # its traffic is training's
         state = start.state.planned(config.train.global_batch_size, config.data.weights_at(0))
         engine.train_step(feed.microbatches(state), config.optimizer.lr)

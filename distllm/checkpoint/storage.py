@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 
 
 class Storage(Protocol):
-    """Operations raise OSError where they fail."""
+    """Kernels raise OSError where they fail."""
 
     def create(self, path: Path) -> AbstractContextManager[BinaryIO]:
         """A new file to write forward; it is durable when the context has been left without an error."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from distllm.checkpoint.integrity import damage_of, size_damage_of
-from distllm.checkpoint.manager import NAME, is_kept_for_good, list_checkpoints
 from distllm.checkpoint.manifest import Manifest, damages, find_damage, read_manifest
+from distllm.checkpoint.retention import NAME, is_kept_for_good, list_checkpoints
 from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.config.problems import UserError
 from distllm.config.schema import Checkpoint

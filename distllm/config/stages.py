@@ -5,6 +5,8 @@ The functions answer for legal layouts; `layout_rules.py` says which are.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from distllm.config.schema import Parallel
 
 
@@ -50,3 +52,29 @@ def microbatch_group_size(num_microbatches: int, pipeline: int) -> int:
     assert num_microbatches >= pipeline, f"{num_microbatches} microbatches cannot fill {pipeline} stages"
     sizes = range(pipeline, num_microbatches + 1)
     return next(n for n in sizes if num_microbatches % n == 0 or num_microbatches % n >= pipeline)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage. chunks: [virtual_pipeline] ranges of layer numbers, counted from 0."""
+
+    chunks: tuple[range, ...]
+    is_first: bool
+    is_last: bool
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for chunk in self.chunks for layer in chunk]
+
+
+def pipeline_stages(num_layers: int, parallel: Parallel) -> list[Stage]:
+    """[pipeline] stages of a legal layout. Data meets the first chunk of all stages, then the second, ..."""
+    chunks: list[list[range]] = [[] for _ in range(parallel.pipeline)]
+    next_layer = 0
+    for row in layers_per_chunk(num_layers, parallel):
+        for stage, size in enumerate(row):
+            chunks[stage].append(range(next_layer, next_layer + size))
+            next_layer += size
+    assert next_layer == num_layers, f"{next_layer} layers were dealt out, the model has {num_layers}"
+    last = parallel.pipeline - 1
+    return [Stage(tuple(held), stage == 0, stage == last) for stage, held in enumerate(chunks)]

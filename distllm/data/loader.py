@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distllm.config.problems import UserError, user_error
-from distllm.data.mixture import Phase, draw
+from distllm.data.mixture import Blend, draw
 from distllm.data.order import Order, sequence_numbers
 from distllm.data.sequences import Samples, Sequences, gather
 
@@ -70,9 +70,9 @@ class TrainingData:
     def __init__(self, sources: Mapping[str, TrainingSource]) -> None:
         self.sources = sources
 
-    def locate(self, samples: np.ndarray, phases: Sequence[Phase]) -> Located:
+    def locate(self, samples: np.ndarray, blends: Sequence[Blend]) -> Located:
         """Where global `samples`, int64 [n], lie. User error: a source would be seen too often."""
-        draws = draw(samples, phases)
+        draws = draw(samples, blends)
         names = [draws.names[source] for source in draws.sources.tolist()]
         epochs, sequences = np.empty_like(samples), np.empty_like(samples)
         for number in np.unique(draws.sources):
@@ -85,21 +85,21 @@ class TrainingData:
             sequences[chosen] = sequence_numbers(epochs[chosen], positions, num_sequences, source.order)
         return Located(names, epochs, sequences)
 
-    def read(self, samples: range, phases: Sequence[Phase]) -> Samples:
+    def read(self, samples: range, blends: Sequence[Blend]) -> Samples:
         """The sequences of consecutive global samples, in order."""
-        return gather(self._rows(np.arange(samples.start, samples.stop, dtype=np.int64), phases))
+        return gather(self._rows(np.arange(samples.start, samples.stop, dtype=np.int64), blends))
 
     def microbatches(
-        self, first_sample: int, phases: Sequence[Phase], dp_rank: int, shape: StepShape
+        self, first_sample: int, blends: Sequence[Blend], dp_rank: int, shape: StepShape
     ) -> list[Samples]:
         """What one data-parallel rank reads in the step that begins with `first_sample`."""
         parts = [shape.samples(first_sample, number, dp_rank) for number in range(shape.num_microbatches)]
-        rows = self._rows(np.concatenate([np.arange(part.start, part.stop) for part in parts]), phases)
+        rows = self._rows(np.concatenate([np.arange(part.start, part.stop) for part in parts]), blends)
         size = shape.micro_batch_size
         return [gather(rows[first : first + size]) for first in range(0, len(rows), size)]
 
-    def _rows(self, samples: np.ndarray, phases: Sequence[Phase]) -> list[tuple[Sequences, int]]:
-        located = self.locate(samples, phases)
+    def _rows(self, samples: np.ndarray, blends: Sequence[Blend]) -> list[tuple[Sequences, int]]:
+        located = self.locate(samples, blends)
         return [
             (self.sources[name].sequences, sequence)
             for name, sequence in zip(located.sources, located.sequences.tolist(), strict=True)

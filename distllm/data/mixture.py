@@ -1,6 +1,6 @@
 """Which source each global sample is drawn from, and which of that source's samples it is. Pure arithmetic.
 
-Sample n of a phase lies at the point of [0, 1) that n's binary digits, reversed, spell (van der Corput 1935).
+Sample n of a blend lies at the point of [0, 1) that n's binary digits, reversed, spell (van der Corput 1935).
 Each source owns an interval as long as its share. Any 2**p samples from a multiple of 2**p on are an even
 grid of points, of which an interval holds its share to less than two: so proportions hold over short windows,
 and nothing drifts. How many samples before n fell into an interval follows from n's digits: no table grows.
@@ -21,8 +21,8 @@ DIGITS = np.arange(NUM_BITS, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
-class Phase:
-    """From sample `first` on, until the next phase begins, samples are drawn with `weights`."""
+class Blend:
+    """From sample `first` on, until the next blend begins, samples are drawn with `weights`."""
 
     first: int
     weights: Mapping[str, float]
@@ -30,48 +30,48 @@ class Phase:
 
 @dataclass(frozen=True)
 class Draws:
-    """names: of all sources that any phase has, sorted. sources: int64 [n], indices into names.
-    source_samples: int64 [n], how many samples of that source came before, over all phases."""
+    """names: of all sources that any blend has, sorted. sources: int64 [n], indices into names.
+    source_samples: int64 [n], how many samples of that source came before, over all blends."""
 
     names: list[str]
     sources: np.ndarray
     source_samples: np.ndarray
 
 
-def draw(samples: np.ndarray, phases: Sequence[Phase]) -> Draws:
-    """The sources of global `samples`, int64 [n]. phases: in order, the first from sample 0 on."""
-    assert [phase.first for phase in phases][:1] == [0], "the first phase begins with sample 0"
-    names = sorted({name for phase in phases for name in phase.weights})
+def draw(samples: np.ndarray, blends: Sequence[Blend]) -> Draws:
+    """The sources of global `samples`, int64 [n]. blends: in order, the first from sample 0 on."""
+    assert [blend.first for blend in blends][:1] == [0], "the first blend begins with sample 0"
+    names = sorted({name for blend in blends for name in blend.weights})
     sources = np.zeros(len(samples), np.int64)
     source_samples = np.zeros(len(samples), np.int64)
-    before = np.zeros(len(names), np.int64)  # samples of each source in the phases before
-    ends: list[int | None] = [*(phase.first for phase in phases[1:]), None]
-    for phase, end in zip(phases, ends, strict=True):
-        bounds = _bounds(phase.weights, names)
-        chosen = (samples >= phase.first) & ((samples < end) if end is not None else True)
-        positions = (samples[chosen] - phase.first).astype(np.uint64)
+    before = np.zeros(len(names), np.int64)  # samples of each source in the blends before
+    ends: list[int | None] = [*(blend.first for blend in blends[1:]), None]
+    for blend, end in zip(blends, ends, strict=True):
+        bounds = _bounds(blend.weights, names)
+        chosen = (samples >= blend.first) & ((samples < end) if end is not None else True)
+        positions = (samples[chosen] - blend.first).astype(np.uint64)
         if len(positions):
             points = _reversed(positions & np.uint64(ONE - 1))
             # Sources of weight 0 have empty intervals, which "right" passes over.
             drawn = np.searchsorted(bounds, points, side="right") - 1
             sources[chosen] = drawn
             if bounds[drawn[0] + 1] - bounds[drawn[0]] == ONE:  # the only source
-                in_phase = positions.astype(np.int64)
+                in_blend = positions.astype(np.int64)
             else:
-                in_phase = _num_below(positions, bounds[drawn + 1]) - _num_below(positions, bounds[drawn])
-            source_samples[chosen] = before[drawn] + in_phase
+                in_blend = _num_below(positions, bounds[drawn + 1]) - _num_below(positions, bounds[drawn])
+            source_samples[chosen] = before[drawn] + in_blend
         if end is not None:
-            before += _counts(end - phase.first, bounds)
+            before += _counts(end - blend.first, bounds)
     return Draws(names, sources, source_samples)
 
 
-def counts_before(sample: int, phases: Sequence[Phase]) -> dict[str, int]:
+def counts_before(sample: int, blends: Sequence[Blend]) -> dict[str, int]:
     """How many of the global samples 0 to sample - 1 each source gave."""
-    names = sorted({name for phase in phases for name in phase.weights})
+    names = sorted({name for blend in blends for name in blend.weights})
     total = np.zeros(len(names), np.int64)
-    ends = [*(phase.first for phase in phases[1:]), sample]
-    for phase, end in zip(phases, ends, strict=True):
-        total += _counts(max(0, min(end, sample) - phase.first), _bounds(phase.weights, names))
+    ends = [*(blend.first for blend in blends[1:]), sample]
+    for blend, end in zip(blends, ends, strict=True):
+        total += _counts(max(0, min(end, sample) - blend.first), _bounds(blend.weights, names))
     return dict(zip(names, total.tolist(), strict=True))
 
 
@@ -84,7 +84,7 @@ def _bounds(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
 
 
 def _counts(num_samples: int, bounds: np.ndarray) -> np.ndarray:
-    """int64 [sources]: what the first samples of a phase gave."""
+    """int64 [sources]: what the first samples of a blend gave."""
     below = _num_below(np.full(len(bounds), num_samples, np.uint64), bounds)
     return np.diff(below)
 

@@ -38,7 +38,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Tokens start to stop - 1 of the stream of documents, in a sequence."""
 
     start: int
@@ -58,12 +58,12 @@ class Sequences(ABC):
         self.padding = padding
 
     @abstractmethod
-    def spans(self, sequence: int) -> list[Piece]:
+    def spans(self, sequence: int) -> list[Span]:
         """What it holds, in order, padding left out; at most seq_length + 1 tokens."""
 
-    def pieces(self, sequence: int) -> list[Piece]:
-        """Its spans, cut where a document begins: each piece lies within one document."""
-        return [piece for span in self.spans(sequence) for piece in self._cut(span)]
+    def document_spans(self, sequence: int) -> list[Span]:
+        """Its spans, cut where a document begins: each part lies within one document."""
+        return [part for span in self.spans(sequence) for part in self._cut(span)]
 
     def read(self, sequences: np.ndarray) -> Samples:
         """sequences: [n] numbers below num_sequences."""
@@ -74,7 +74,7 @@ class Sequences(ABC):
 
         Returns at which inputs documents begin; padding counts as a document of its own.
         """
-        parts = self.pieces(sequence) if self.document_mask else self.spans(sequence)
+        parts = self.document_spans(sequence) if self.document_mask else self.spans(sequence)
         begins, end = [], 0
         for part in parts:
             begins.append(end)
@@ -87,10 +87,10 @@ class Sequences(ABC):
                 weights[[begin - 1 for begin in begins[1:]]] = 0
         return [begin for begin in (*begins, end) if begin < self.seq_length]
 
-    def _cut(self, span: Piece) -> list[Piece]:
+    def _cut(self, span: Span) -> list[Span]:
         starts = [start for start in self.stream.starts_between(span.start, span.stop) if start > span.start]
         edges = [span.start, *map(int, starts), span.stop]
-        return [Piece(start, stop) for start, stop in pairwise(edges)]
+        return [Span(start, stop) for start, stop in pairwise(edges)]
 
 
 class ChunkedSequences(Sequences):
@@ -103,9 +103,9 @@ class ChunkedSequences(Sequences):
         super().__init__(stream, seq_length, document_mask, padding)
         self.num_sequences = max(0, (stream.num_tokens - 1) // seq_length)
 
-    def spans(self, sequence: int) -> list[Piece]:
+    def spans(self, sequence: int) -> list[Span]:
         start = sequence * self.seq_length
-        return [Piece(start, start + self.seq_length + 1)]
+        return [Span(start, start + self.seq_length + 1)]
 
 
 class PackedSequences(Sequences):
@@ -122,12 +122,12 @@ class PackedSequences(Sequences):
         self._first_pieces = FileArray(folder / "first_pieces.bin", np.int64)
         self.num_sequences = len(self._first_pieces) - 1
 
-    def spans(self, sequence: int) -> list[Piece]:
+    def spans(self, sequence: int) -> list[Span]:
         first, end = self._first_pieces.read(sequence, sequence + 2).tolist()
         starts, lengths = self._starts.read(first, end).tolist(), self._lengths.read(first, end).tolist()
-        return [Piece(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        return [Span(start, start + length) for start, length in zip(starts, lengths, strict=True)]
 
-    def pieces(self, sequence: int) -> list[Piece]:
+    def document_spans(self, sequence: int) -> list[Span]:
         return self.spans(sequence)  # each was cut out of one document
 
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of
 from deepspeed.utils import safe_set_full_grad
 from torch import Tensor, nn
 
-from distllm.engine.engine import Verdict
+from distllm.engine.engine import StepGate
 from distllm.engine.zero_state import owned_range
 from distllm.layout.place import Place
 
@@ -118,7 +118,7 @@ class NormJudge:
     what they see lies in host memory, so that only the verdict waits for the device.
     """
 
-    verdict: Verdict
+    gate: StepGate
 
     def __init__(self, zero_optimizer: Any, stage: int) -> None:
         self._zero_optimizer = zero_optimizer
@@ -163,5 +163,5 @@ class NormJudge:
         is_wrong = ~torch.isfinite(norm) | (norm < 0)
         if self._is_overflown is not None:
             is_wrong = is_wrong | self._is_overflown.reshape(()).to(norm.device)
-        is_allowed = self.verdict.allows(norm.masked_fill(is_wrong, math.nan))
-        return torch.tensor(self.verdict.result.grad_norm if is_allowed else math.inf, dtype=norm.dtype)
+        is_allowed = self.gate.allows(norm.masked_fill(is_wrong, math.nan))
+        return torch.tensor(self.gate.result.grad_norm if is_allowed else math.inf, dtype=norm.dtype)

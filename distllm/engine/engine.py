@@ -54,7 +54,7 @@ class StepResult:
     wants_stop: bool = False
 
 
-class Verdict:
+class StepGate:
     """Whether a step happens: asked once, between the gradient norm and the update.
 
     combined: [sum of the data-parallel ranks' losses, number of ranks that want to stop], equal on all ranks.
@@ -130,9 +130,9 @@ class Engine(ABC):
         self.gradient_watch.local_loss = local_loss
         with self.phases.phase("optimizer"):
             combined = self._combine(local_loss, wants_stop)
-            verdict = Verdict(combined, self.groups.grid.data, limits)
-            self._optimizer_step(learning_rate, verdict)
-        return verdict.result
+            gate = StepGate(combined, self.groups.grid.data, limits)
+            self._optimizer_step(learning_rate, gate)
+        return gate.result
 
     def _combine(self, local_loss: Tensor, wants_stop: bool) -> Tensor:
         """[sum of losses over the data-parallel ranks, number of ranks of the world that want to stop]."""
@@ -187,8 +187,8 @@ class Engine(ABC):
         """Called before the first forward pass of a training step."""
 
     @abstractmethod
-    def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
-        """Reduce what is not reduced yet, and if `verdict.allows(norm)`, clip and update.
+    def _optimizer_step(self, learning_rate: float, gate: StepGate) -> None:
+        """Reduce what is not reduced yet, and if `gate.allows(norm)`, clip and update.
 
         norm: of all gradients, before clipping. What follows the verdict must not wait for the device.
         """

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distllm.config.schema import Config
-from distllm.engine.engine import Engine, Verdict
+from distllm.engine.engine import Engine, StepGate
 from distllm.engine.optimizer import create_adamw
 from distllm.engine.reduction import GradientReduction
 from distllm.engine.tied import tied_copy
@@ -74,14 +74,14 @@ class ReplicatedEngine(Engine):
         self.reduction.gradient_added(parameter)
 
     @torch.no_grad()
-    def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
+    def _optimizer_step(self, learning_rate: float, gate: StepGate) -> None:
         for parameter in self.without_gradient:
             self.gradients[parameter].zero_()
         self.reduction.finish()
         if self.tied is not None:
             dist.all_reduce(self.gradients[self.tied], group=self.groups.embedding)
         grad_norm = self._global_grad_norm()
-        if not verdict.allows(grad_norm):
+        if not gate.allows(grad_norm):
             return
         if self.clip_grad > 0:
             # 1e-6 as in torch.nn.utils.clip_grad_norm_ and DeepSpeed: the stages must clip alike.

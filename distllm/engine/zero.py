@@ -26,7 +26,7 @@ from distllm.engine.deepspeed_quirks import (
     reset_trace_once_per_step,
     set_tied_gradient,
 )
-from distllm.engine.engine import Engine, Verdict
+from distllm.engine.engine import Engine, StepGate
 from distllm.engine.optimizer import create_adamw
 from distllm.engine.tied import tied_copy
 from distllm.engine.zero_state import refresh_working_weights, state_owners, zero_fragments
@@ -121,15 +121,15 @@ class ZeroEngine(Engine):
             return self.num_backwards[index] == self.num_microbatches
         return all(number == self.num_microbatches for number in self.num_backwards)
 
-    def _optimizer_step(self, learning_rate: float, verdict: Verdict) -> None:
+    def _optimizer_step(self, learning_rate: float, gate: StepGate) -> None:
         assert set(self.num_backwards) == {self.num_microbatches}, "some backward passes did not happen"
         self._add_up_tied_gradients()
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        self.norm_judge.verdict = verdict
+        self.norm_judge.gate = gate
         self.deepspeed.step()
-        assert verdict.result.is_applied == (not self.zero_optimizer.overflow), "DeepSpeed judged otherwise"
+        assert gate.result.is_applied == (not self.zero_optimizer.overflow), "DeepSpeed judged otherwise"
 
     def _add_up_tied_gradients(self) -> None:
         """Both copies of a tied embedding get the sum of their gradients, wherever ZeRO keeps these."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from distllm.model.blocked_attention import blocked_attention
-from distllm.model.operations import AS_WRITTEN, Operations
+from distllm.model.kernels import AS_WRITTEN, Kernels
 
 # Where it has this argument (not in torch 2.11), it refuses grouped queries without it.
 VARLEN_TAKES_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -24,7 +24,7 @@ VARLEN_TAKES_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).paramet
 class CausalAttention(nn.Module):
     """softmax(q k^T / sqrt(head_dim) + causal mask) v, with grouped queries (arXiv:2305.13245)."""
 
-    operations: Operations = AS_WRITTEN
+    kernels: Kernels = AS_WRITTEN
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class CausalAttention(nn.Module):
         if attention_mask is None:
             if are_blocks_faster(query):
                 scale = self.softmax_scale or head_dim**-0.5
-                operations = self.operations if self.training else AS_WRITTEN
-                context = blocked_attention(query, key, value, scale, operations)
+                kernels = self.kernels if self.training else AS_WRITTEN
+                context = blocked_attention(query, key, value, scale, kernels)
                 return context.view(seq, batch, heads * head_dim)
             # [seq, batch, heads, head_dim] -> [batch, heads, seq, head_dim]
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))

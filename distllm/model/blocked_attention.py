@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distllm.model.operations import AS_WRITTEN, Operations
+from distllm.model.kernels import AS_WRITTEN, Kernels
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ BLOCK_SIZES = {torch.float32: BlockSize(64, 1 << 18), torch.bfloat16: BlockSize(
 
 
 def blocked_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, operations: Operations = AS_WRITTEN
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kernels: Kernels = AS_WRITTEN
 ) -> Tensor:
     """query: [seq, batch, heads, head_dim]; key, value: [seq, batch, groups, head_dim]. Returns the shape of
     query. Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products on a CPU
@@ -39,7 +39,7 @@ def blocked_attention(
     seq, batch, num_groups, head_dim = key.shape
     by_group = query.reshape(seq, batch * num_groups, -1, head_dim)
     keys, values = (x.reshape(seq, batch * num_groups, head_dim) for x in (key, value))
-    context: Tensor = _BlockedAttention.apply(by_group, keys, values, scale, operations)
+    context: Tensor = _BlockedAttention.apply(by_group, keys, values, scale, kernels)
     return context.view(query.shape)
 
 
@@ -53,7 +53,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, operations: Operations
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, kernels: Kernels
     ) -> Tensor:
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
         normalizer = query.new_empty(query.shape[:3], dtype=torch.float32)  # log-sum-exp of the scores
@@ -63,12 +63,12 @@ class _BlockedAttention(torch.autograd.Function):
             values = value[:, part].transpose(0, 1).contiguous()  # [groups, seq, head_dim]
             for rows in _blocks(query):
                 scores = _product(queries[:, :, rows], columns_of_keys[:, :, : rows.stop])
-                weights, total, largest = operations.causal_exponentials(scores)
+                weights, total, largest = kernels.causal_exponentials(scores)
                 weighted = _product(weights, values[:, : rows.stop])
                 torch.div(weighted, total, out=_rows(context[:, part])[:, :, rows])
                 torch.add(total.log_(), largest, out=_rows(normalizer[:, part])[:, :, rows, None])
         ctx.save_for_backward(query, key, value, context, normalizer)
-        ctx.scale, ctx.operations = scale, operations
+        ctx.scale, ctx.kernels = scale, kernels
         return context
 
     @staticmethod
@@ -76,7 +76,7 @@ class _BlockedAttention(torch.autograd.Function):
         query, key, value, context, normalizer = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
         # Of each row, what the softmax takes off all of its gradients (the D of the paper).
-        offset = ctx.operations.row_dot(grad_context, context)  # [seq, groups, heads per group]
+        offset = ctx.kernels.row_dot(grad_context, context)  # [seq, groups, heads per group]
         for part in _parts(query):
             queries, grads = _rows(query[:, part]), _rows(grad_context[:, part])
             normalizers, offsets = _rows(normalizer[:, part]), _rows(offset[:, part])
@@ -89,7 +89,7 @@ class _BlockedAttention(torch.autograd.Function):
                 # [groups, heads per group * rows, head_dim]
                 block, block_grads = (x[:, :, rows].flatten(1, 2).contiguous() for x in (queries, grads))
                 shape = *queries.shape[:2], -1, rows.stop
-                probabilities, grad_scores = ctx.operations.causal_gradients(
+                probabilities, grad_scores = ctx.kernels.causal_gradients(
                     torch.bmm(block, columns_of_keys[:, :, seen]).view(shape),
                     torch.bmm(block_grads, columns_of_values[:, :, seen]).view(shape),
                     normalizers[:, :, rows, None],

@@ -16,8 +16,8 @@ from distllm.layout.groups import Groups
 from distllm.layout.place import Place
 from distllm.model.gpt import GPT
 from distllm.model.init import initialize_weights
-from distllm.model.operations import compiled, use_operations
-from distllm.model.places import parameter_places
+from distllm.model.kernels import compiled, use_kernels
+from distllm.model.sharding import parameter_places
 from distllm.model.spec import block_spec, transformer_config
 
 
@@ -58,9 +58,9 @@ def build_model(
         chunks.append(module)
     initialize_weights(places, config.model, config.train.seed)
     if config.train.compile:
-        operations = compiled(warn)
+        kernels = compiled(warn)
         for chunk_module in chunks:
-            use_operations(chunk_module, operations)
+            use_kernels(chunk_module, kernels)
     return BuiltModel(chunks, places)
 
 

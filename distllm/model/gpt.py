@@ -8,8 +8,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
+from distllm.model.kernels import AS_WRITTEN, Kernels
 from distllm.model.loss import VocabularyPart, linear_cross_entropy
-from distllm.model.operations import AS_WRITTEN, Operations
 from distllm.model.rotary import RotaryTables
 
 
@@ -18,7 +18,7 @@ class OutputLayer(ColumnParallelLinear):
     weights where the module is called, and nowhere else."""
 
     num_tokens_in_vocabulary: int
-    operations: Operations = AS_WRITTEN
+    kernels: Kernels = AS_WRITTEN
 
     def forward(
         self,
@@ -34,9 +34,9 @@ class OutputLayer(ColumnParallelLinear):
         weight = self.weight if weight is None else weight
         first = self.tp_group.rank() * len(weight)
         part = VocabularyPart(first, self.num_tokens_in_vocabulary - first, self.tp_group)
-        operations = self.operations if self.training else AS_WRITTEN
+        kernels = self.kernels if self.training else AS_WRITTEN
         return linear_cross_entropy(
-            input_, weight, labels, token_weights, part, self.sequence_parallel, operations
+            input_, weight, labels, token_weights, part, self.sequence_parallel, kernels
         )
 
 

@@ -10,8 +10,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from distllm.model.kernels import AS_WRITTEN, Kernels
 from distllm.model.norm import summed_over_sequence
-from distllm.model.operations import AS_WRITTEN, Operations
 
 
 class RowParallelLinearWithBias(RowParallelLinear):
@@ -25,7 +25,7 @@ class RowParallelLinearWithBias(RowParallelLinear):
 class Attention(SelfAttention):
     """Megatron's takes a dozen passes over queries and keys to split, rotate and copy them."""
 
-    operations: Operations = AS_WRITTEN
+    kernels: Kernels = AS_WRITTEN
 
     def forward(
         self,
@@ -36,9 +36,9 @@ class Attention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [seq (/tp), batch, hidden]; attention_mask: see CausalAttention; rotary_pos_emb: the
         tables of RotaryTables. Returns as much as it was given, and a bias that is not added yet."""
-        operations = self.operations if self.training else AS_WRITTEN
+        kernels = self.kernels if self.training else AS_WRITTEN
         mixed, _ = self.linear_qkv(hidden_states)  # [seq, batch, (heads + 2 * groups)/tp * head_dim]
-        query, key, value = operations.split_heads(
+        query, key, value = kernels.split_heads(
             mixed, self.num_query_groups_per_partition, self.hidden_size_per_attention_head, rotary_pos_emb
         )
         if self.checkpoint_core_attention and self.training:
@@ -52,7 +52,7 @@ class Attention(SelfAttention):
 class FeedForward(MLP):
     """Megatron's adds zero to the whole projection before it multiplies."""
 
-    operations: Operations = AS_WRITTEN
+    kernels: Kernels = AS_WRITTEN
 
     def __init__(self, config: TransformerConfig) -> None:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinearWithBias)
@@ -60,10 +60,10 @@ class FeedForward(MLP):
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """[seq (/tp), batch, hidden] -> the same, and a bias that is not added yet."""
-        operations = self.operations if self.training else AS_WRITTEN
+        kernels = self.kernels if self.training else AS_WRITTEN
         hidden, bias = self.linear_fc1(hidden_states)  # [seq, batch, (2 *) ffn/tp]
         if bias is not None:
             hidden = hidden + bias
-        activation = operations.swiglu if self.config.gated_linear_unit else self.config.activation_func
+        activation = kernels.swiglu if self.config.gated_linear_unit else self.config.activation_func
         output, bias = self.linear_fc2(activation(hidden))
         return output, bias

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from distllm.model.operations import AS_WRITTEN, Operations
+from distllm.model.kernels import AS_WRITTEN, Kernels
 from distllm.model.size import LOGITS_PER_CHUNK, tokens_per_chunk
 
 
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None,
     part: VocabularyPart,
     sequence_parallel: bool,
-    operations: Operations = AS_WRITTEN,
+    kernels: Kernels = AS_WRITTEN,
 ) -> Tensor:
     """hidden: [seq (/tp), batch, hidden]; weight: [padded_vocab/tp, hidden]; labels: [batch, seq].
 
@@ -59,12 +59,12 @@ def linear_cross_entropy(
     flat_labels = labels.t().reshape(-1)
     if token_weights is not None:
         total: Tensor = _WeightedLoss.apply(
-            flat_hidden, weight, flat_labels, token_weights.t().reshape(-1), part, operations
+            flat_hidden, weight, flat_labels, token_weights.t().reshape(-1), part, kernels
         )
         return total
     assert not torch.is_grad_enabled(), "the losses of single tokens have no gradients"
     losses = [
-        _softmax(flat_hidden[rows], weight, flat_labels[rows], part, operations).losses()
+        _softmax(flat_hidden[rows], weight, flat_labels[rows], part, kernels).losses()
         for rows in _chunks(flat_hidden, weight)
     ]
     return torch.cat(losses).view(seq, batch).t().contiguous()
@@ -86,12 +86,12 @@ class _WeightedLoss(torch.autograd.Function):
         labels: Tensor,
         token_weights: Tensor,
         part: VocabularyPart,
-        operations: Operations,
+        kernels: Kernels,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for rows in _chunks(hidden, weight):
-            softmax = _softmax(hidden[rows], weight, labels[rows], part, operations)
+            softmax = _softmax(hidden[rows], weight, labels[rows], part, kernels)
             total += (softmax.losses() * token_weights[rows]).sum()
             unscaled = softmax.without_label()  # [tokens of the chunk, vocab/tp]
             scale = (token_weights[rows] / softmax.normalizer)[:, None]
@@ -140,7 +140,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def _softmax(
-    hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart, operations: Operations
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart, kernels: Kernels
 ) -> _Softmax:
     logits = hidden @ weight.t()  # [tokens, vocab/tp]
     if part.num_real < logits.size(1):
@@ -151,7 +151,7 @@ def _softmax(
     is_here = (row >= 0) & (row < logits.size(1))
     row = torch.where(is_here, row, 0)
     of_label = torch.where(is_here, logits.gather(1, row[:, None])[:, 0].float() - largest, 0.0)
-    exponentials, normalizer = operations.exponentials(logits, largest)
+    exponentials, normalizer = kernels.exponentials(logits, largest)
     both = torch.stack([of_label, normalizer])
     _reduce(both, dist.ReduceOp.SUM, part)
     return _Softmax(exponentials, row, is_here, *both)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from distllm.model.operations import AS_WRITTEN, Operations
+from distllm.model.kernels import AS_WRITTEN, Kernels
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    operations: Operations = AS_WRITTEN
+    kernels: Kernels = AS_WRITTEN
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[seq/tp or seq, batch, hidden] -> the same."""
         weight = summed_over_sequence(self.weight, self.sequence_parallel)
-        operations = self.operations if self.training else AS_WRITTEN
-        return operations.rms_norm(x, weight, self.epsilon)
+        kernels = self.kernels if self.training else AS_WRITTEN
+        return kernels.rms_norm(x, weight, self.epsilon)
 
 
 class LayerNorm(nn.Module):

@@ -7,8 +7,7 @@ kernel recomputes, and without dropout masks.
 from __future__ import annotations
 
 from distllm.config.schema import Config, Model
-from distllm.config.stages import microbatch_group_size
-from distllm.plan.stages import Stage
+from distllm.config.stages import Stage, microbatch_group_size
 
 
 def layer_elements_per_token(model: Model, tensor: int = 1, sequence: bool = False) -> int:

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from distllm.config.schema import Config, Model
+from distllm.config.stages import pipeline_stages
 from distllm.layout.place import Shape, flat_range_boxes, module_of
 from distllm.plan.parameters import Shapes, stage_parameters
 from distllm.plan.partition import group_partitions, is_decayed
-from distllm.plan.stages import pipeline_stages
 
 STATES = 3  # the weight and Adam's two moments
 # As measured (at most 2,250 and 211) and rounded up. In memory: at the peak, which is while it is unpickled;

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distllm.config.schema import Config
+from distllm.config.stages import Stage, pipeline_stages
 from distllm.layout.grid import Grid
 from distllm.layout.traffic import Amount, Traffic, Transfer, add_up, sent_bytes
 from distllm.model.size import chunks_of_tokens
 from distllm.plan.gradients import BYTES
 from distllm.plan.parameters import numel, stage_parameters
-from distllm.plan.stages import Stage, pipeline_stages
 from distllm.plan.zero_communication import (
     data_parallel_traffic,
     norm_reductions,

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from distllm.config.schema import Config
-from distllm.config.stages import microbatch_group_size
+from distllm.config.stages import Stage, microbatch_group_size
 from distllm.plan.parameters import Shapes
-from distllm.plan.stages import Stage
 
 # deepspeed/runtime/zero/config.py: stage3_max_reuse_distance.
 MAX_REUSE_NUMEL = 1_000_000_000

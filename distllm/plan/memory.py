@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from distllm.config.schema import Config
+from distllm.config.stages import Stage, pipeline_stages
 from distllm.model.size import tokens_per_chunk
 from distllm.plan.activations import (
     microbatches_in_flight,
@@ -21,7 +22,6 @@ from distllm.plan.activations import (
 from distllm.plan.gradients import BYTES, backward_gradients, host_bytes, update_gradients
 from distllm.plan.parameters import Shapes, numel, stage_parameters
 from distllm.plan.partition import partition_numel
-from distllm.plan.stages import Stage, pipeline_stages
 
 
 @dataclass(frozen=True)

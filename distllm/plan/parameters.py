@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from distllm.config.schema import Model
-from distllm.plan.stages import Stage
+from distllm.config.stages import Stage
 
 Shapes = Mapping[str, tuple[int, ...]]
 

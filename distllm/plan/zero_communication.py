@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from distllm.config.schema import Config
+from distllm.config.stages import Stage, pipeline_stages
 from distllm.layout.traffic import Amount, Transfer
 from distllm.plan.gather import gathered_parameters
 from distllm.plan.gradients import BYTES
 from distllm.plan.parameters import Shapes, numel, stage_parameters
 from distllm.plan.partition import group_partitions, is_decayed
-from distllm.plan.stages import Stage, pipeline_stages
 
 Part = tuple[Transfer, Amount]
 REDUCE, GATHER, SCATTER = (Transfer("data", kind) for kind in ("all_reduce", "all_gather", "reduce_scatter"))

@@ -67,7 +67,7 @@ class Noted(Sequence[Item], Generic[Item]):
 
 
 @dataclass(frozen=True)
-class Place:
+class Frame:
     """A frame of the training thread."""
 
     file: str
@@ -78,27 +78,27 @@ class Place:
         return f"{self.file}:{self.line} {self.function}"
 
 
-def main_thread_places() -> list[Place]:
+def main_thread_frames() -> list[Frame]:
     """Where the training thread is, innermost first. Cheap: no source is read."""
     frame: FrameType | None = sys._current_frames().get(MAIN_THREAD)
-    places = []
+    frames = []
     while frame:
-        places.append(Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frames.append(Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
-    return places
+    return frames
 
 
-def collective_of(places: Sequence[Place]) -> str | None:
+def collective_of(frames: Sequence[Frame]) -> str | None:
     """The collective or message that the training thread waits for; None if it is at something else.
 
     gloo's calls block in these files. With NCCL the thread waits where a result is read, which the engine
     does in `wait_for_verdict`; what autograd's own threads wait for is not seen.
     """
-    for depth, place in enumerate(places[:8]):
-        if place.file.endswith(WAITING_FILES) or any(part in place.file for part in WAITING_FOLDERS):
-            outer = [p.function for p in places[depth:] if any(part in p.file for part in WAITING_FOLDERS)]
+    for depth, frame in enumerate(frames[:8]):
+        if frame.file.endswith(WAITING_FILES) or any(part in frame.file for part in WAITING_FOLDERS):
+            outer = [p.function for p in frames[depth:] if any(part in p.file for part in WAITING_FOLDERS)]
             named = [function for function in outer if function != "wrapper"]
-            return named[-1] if named else place.function
-        if place.function == "wait_for_verdict":
+            return named[-1] if named else frame.function
+        if frame.function == "wait_for_verdict":
             return "loss and gradient norm of the step"
     return None

@@ -14,13 +14,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from distllm.runtime.activity import Activity, collective_of, main_thread_places
+from distllm.runtime.activity import Activity, collective_of, main_thread_frames
+from distllm.runtime.diagnosis import Diagnosis, judge, stragglers
 from distllm.runtime.heartbeat import (
     BEAT_SECONDS,
     FOLDER,
@@ -31,7 +32,6 @@ from distllm.runtime.heartbeat import (
     read_beats,
     write_beat,
 )
-from distllm.runtime.verdict import Verdict, judge, stragglers
 
 EXIT_HANG = 1
 SAMPLE_SECONDS = 0.02  # between two looks at where the training thread is
@@ -40,10 +40,23 @@ STRAGGLER_SECONDS = 5.0  # between two looks of rank 0 at the others
 
 @dataclass(frozen=True)
 class Reports:
-    """Where the watchdog tells what it has found: hang(verdict, file), straggler(rank, facts)."""
+    """Where the watchdog tells what it has found: hang(diagnosis, step, file), straggler(rank, facts)."""
 
-    hang: Callable[[str, Path], None]
+    hang: Callable[[str, int, Path], None]
     straggler: Callable[[int, dict[str, Any]], None]
+
+
+@contextmanager
+def watched(
+    activity: Activity, run_dir: Path, rank: int, world_size: int, hang_seconds: float, reports: Reports
+) -> Iterator[None]:
+    """Ends the process from a thread of its own when `hang_seconds` pass without progress inside."""
+    watchdog = Watchdog(activity, run_dir, rank, world_size, hang_seconds, reports)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
 
 
 class Watchdog:
@@ -92,7 +105,7 @@ class Watchdog:
     def _run(self) -> None:
         next_beat, next_look = 0.0, time.monotonic() + STRAGGLER_SECONDS
         while not self._stopped.wait(SAMPLE_SECONDS):
-            is_busy = collective_of(main_thread_places()) is None
+            is_busy = collective_of(main_thread_frames()) is None
             self._busy.sample(self._activity.step, is_busy)
             if time.monotonic() < next_beat:
                 continue
@@ -110,7 +123,7 @@ class Watchdog:
                 self._look_for_stragglers()
 
     def _beat(self, is_last: bool = False) -> None:
-        places = main_thread_places()
+        frames = main_thread_frames()
         activity = self._activity
         beat = Beat(
             rank=self._rank,
@@ -122,9 +135,9 @@ class Watchdog:
             samples=activity.samples,
             phase=activity.phase,
             idle_seconds=round(activity.idle_seconds, 1),
-            collective=collective_of(places),
+            collective=collective_of(frames),
             busy_seconds=round(self._busy.per_step, 4),
-            stack=tuple(map(str, places)) if is_last else (),
+            stack=tuple(map(str, frames)) if is_last else (),
             flight_recorder=nccl_flight_recorder() if is_last else None,
         )
         with suppress(OSError):  # a full disk is no hang
@@ -140,20 +153,22 @@ class Watchdog:
         file = self._run_dir / f"hang_{self._activity.step}.json"
         beats = read_beats(self._run_dir, self._world_size)
         ages = {rank: age_seconds(beat_path(self._run_dir, rank)) for rank in beats}
-        verdict = judge(beats, ages, self._world_size)
+        diagnosis = judge(beats, ages, self._world_size)
         alive = [rank for rank in sorted(ages) if ages[rank] <= STALE_SECONDS]
         if alive and self._rank == alive[0]:
-            self._write(file, verdict, beats, ages)
-            for rank in verdict.suspects:
+            self._write(file, diagnosis, beats, ages)
+            for rank in diagnosis.suspects:
                 _kill_if_stopped(beats.get(rank))
         else:
             time.sleep(BEAT_SECONDS)  # who ends first ends all, and the file would not be written
         os._exit(EXIT_HANG)
 
-    def _write(self, file: Path, verdict: Verdict, beats: dict[int, Beat], ages: dict[int, float]) -> None:
+    def _write(
+        self, file: Path, diagnosis: Diagnosis, beats: dict[int, Beat], ages: dict[int, float]
+    ) -> None:
         content = {
-            "suspects": verdict.suspects,
-            "reason": verdict.reason,
+            "suspects": diagnosis.suspects,
+            "reason": diagnosis.reason,
             "hang_seconds": self._hang_seconds,
             "ranks": {
                 rank: asdict(beat) | {"seconds_since_last_sign": round(ages[rank], 1)}
@@ -162,10 +177,9 @@ class Watchdog:
         }
         with suppress(OSError):
             file.write_text(json.dumps(content, indent=1))
-        suspects = ", ".join(map(str, verdict.suspects)) or "none"
-        self._reports.hang(
-            f"no progress for {self._hang_seconds:g} s; suspects: {suspects} ({verdict.reason})", file
-        )
+        suspects = ", ".join(map(str, diagnosis.suspects)) or "none"
+        told = f"no progress for {self._hang_seconds:g} s; suspects: {suspects} ({diagnosis.reason})"
+        self._reports.hang(told, self._activity.step, file)
 
     def _look_for_stragglers(self) -> None:
         beats = read_beats(self._run_dir, self._world_size)
@@ -217,7 +231,7 @@ def nccl_flight_recorder() -> Any:
         )
         keep = ("collective_seq_id", "p2p_seq_id", "profiling_name", "state", "input_sizes", "process_group")
         return [{key: entry.get(key) for key in keep} for entry in trace.get("entries", [])[-20:]]
-    except Exception as error:  # it must not keep the verdict from being written
+    except Exception as error:  # it must not keep the diagnosis from being written
         return repr(error)
 
 

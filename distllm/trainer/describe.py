@@ -15,10 +15,10 @@ from distllm.metrics.sinks import read_rows
 from distllm.metrics.summary import EndFacts, StartFacts, end_summary, start_summary
 from distllm.model.size import count_parameters
 from distllm.plan.memory import estimate_memory
-from distllm.trainer.feed import OpenedData, planned_samples
+from distllm.trainer.completion import sample_tokens
 from distllm.trainer.job import Job
+from distllm.trainer.open_data import OpenedData, planned_samples
 from distllm.trainer.resume import Start
-from distllm.trainer.sample import sample_tokens
 
 
 def describe_start(config: Config, prepared: PreparedData, data: OpenedData, grid: Grid, start: Start) -> str:

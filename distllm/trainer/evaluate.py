@@ -15,7 +15,7 @@ from distllm.data.tokenizer import TextTokenizer
 from distllm.engine.engine import Engine
 from distllm.engine.pipeline import Microbatch
 from distllm.metrics.meter import Row, gzip_bits_per_byte, validation_row
-from distllm.trainer.feed import to_microbatch
+from distllm.trainer.batches import to_microbatch
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,20 @@ from distllm.data.prepared import PreparedData
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups
+from distllm.lineage.ledger import LedgerFile
 from distllm.model.build import build_model
 from distllm.model.size import flops_per_token
 from distllm.runtime.activity import Activity
 from distllm.runtime.devices import peak_flops
 from distllm.runtime.dist import Runtime
 from distllm.runtime.signals import StopRequest
+from distllm.trainer.batches import Batches
+from distllm.trainer.checkpointing import Checkpoints
 from distllm.trainer.evaluate import Validation, create_validation
-from distllm.trainer.feed import Feed, OpenedData
 from distllm.trainer.inject import Injector
-from distllm.trainer.ledger import LedgerFile
+from distllm.trainer.open_data import OpenedData
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.resume import Start, restore
-from distllm.trainer.saving import Checkpoints
 from distllm.trainer.state import TrainState
 
 
@@ -39,7 +40,7 @@ class Job:
     groups: Groups
     prepared: PreparedData
     data: OpenedData
-    feed: Feed
+    batches: Batches
     ledger: LedgerFile
     validation: Validation | None
     engine: Engine
@@ -68,7 +69,7 @@ def build_job(
     train = config.train
     shape = StepShape(train.global_batch_size, train.micro_batch_size, groups.grid.data)
     prefetch = config.sequences.prefetch
-    feed = Feed(data.training, shape, groups.coordinates.data, runtime.device, prefetch)
+    batches = Batches(data.training, shape, groups.coordinates.data, runtime.device, prefetch)
     validation = create_validation(config, prepared, data.validation)
     built = build_model(config, prepared.vocab_size, groups, runtime.device, reporter.warn)
     engine = create_engine(built.chunks, built.places, config, groups)
@@ -82,8 +83,10 @@ def build_job(
         groups=groups,
         prepared=prepared,
         data=data,
-        feed=feed,
-        ledger=LedgerFile(config, records, reporter),
+        batches=batches,
+        ledger=LedgerFile(
+            reporter.run.ledger_path if reporter.is_main else None, config, records, reporter.warn
+        ),
         validation=validation,
         engine=engine,
         reporter=reporter,

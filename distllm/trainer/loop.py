@@ -12,9 +12,9 @@ from distllm.runtime.launcher import seconds_since_start
 from distllm.trainer.evaluate import validate
 from distllm.trainer.guards import limits
 from distllm.trainer.job import Job
+from distllm.trainer.pending_rows import PendingRows
 from distllm.trainer.profile import StepProfiler
 from distllm.trainer.recovery import Recovery
-from distllm.trainer.rows import TrainingRows
 from distllm.trainer.state import TrainState
 
 
@@ -22,7 +22,7 @@ def fit(job: Job) -> TrainState:
     """Train from the job's first step to its last, or to where it is asked to stop; returns where that is."""
     config, reporter = job.config, job.reporter
     state = job.start
-    recovery, rows = Recovery(job), TrainingRows(reporter)
+    recovery, rows = Recovery(job), PendingRows(reporter)
     reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
     job.checkpoints.warn_of_short_grace()
     saving_seconds, wants_stop = 0.0, False
@@ -30,7 +30,7 @@ def fit(job: Job) -> TrainState:
         while state.step < config.train.steps and not wants_stop:
             job.stop_request.check_interrupt()
             state = state.planned(config.train.global_batch_size, config.data.weights_at(state.step))
-            job.ledger.keep(state)
+            job.ledger.keep(state.history, state.skipped)
             profiler.before_step(state.step + 1)
             began, allowed = time.perf_counter(), limits(state, config.fault)
             with profiler.step(state.step + 1):
@@ -70,7 +70,7 @@ def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
     job.activity.begin("train", state.step, (samples.start, samples.stop))
     job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
     with job.engine.phases.phase("data"):
-        microbatches = job.feed.microbatches(state)
+        microbatches = job.batches.microbatches(state)
     return job.engine.train_step(
         Noted(microbatches, job.activity),
         rate_of(job, state),
@@ -79,7 +79,7 @@ def train_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
     )
 
 
-def validate_if_due(job: Job, state: TrainState, rows: TrainingRows) -> None:
+def validate_if_due(job: Job, state: TrainState, rows: PendingRows) -> None:
     train = job.config.train
     if job.validation and is_due(state.step, train.validation_interval, train.steps):
         rows.flush()
@@ -88,7 +88,7 @@ def validate_if_due(job: Job, state: TrainState, rows: TrainingRows) -> None:
         job.reporter.validation_row(row | {"validation_seconds": time.perf_counter() - began})
 
 
-def save_if_due(job: Job, state: TrainState, rows: TrainingRows) -> float:
+def save_if_due(job: Job, state: TrainState, rows: PendingRows) -> float:
     """Seconds for which training stands still."""
     began = time.perf_counter()
     job.checkpoints.report()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from distllm.checkpoint.manager import choose, list_checkpoints
 from distllm.checkpoint.manifest import read_manifest
+from distllm.checkpoint.retention import choose, list_checkpoints
 from distllm.engine.engine import Limits, StepResult
 from distllm.runtime.dist import on_main_rank
 from distllm.trainer.guards import Action, Decision, decide, is_finite

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from distllm.config.compose import to_plain
 from distllm.config.schema import Config
@@ -80,6 +83,17 @@ class Reporter:
     def warn(self, text: str) -> None:
         if self.is_main:
             self.progress.note(f"WARNING: {text}")
+
+    def hang(self, diagnosis: str, step: int, file: Path) -> None:
+        """On whichever rank is the first that lives, from the watchdog's thread, before the process ends."""
+        with suppress(OSError):
+            self.run.event("hang", diagnosis, step=step, file=str(file))
+            self.run.write_status("failed", f"hang: {diagnosis}", step=step)
+        print(f"distllm: {diagnosis}: {file}", flush=True)
+
+    def straggler(self, rank: int, facts: Mapping[str, Any]) -> None:
+        self.event("straggler", f"rank {rank} holds the others up", rank=rank, **facts)
+        self.warn(f"rank {rank} on {facts['host']} is slow: {facts['times_the_median']} x the median")
 
     def say(self, text: str) -> None:
         """Text for the user, on standard output, outside of the progress display."""

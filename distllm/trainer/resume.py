@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distllm.checkpoint.manager import candidates, choose
 from distllm.checkpoint.manifest import Manifest, find_damage, read_manifest
+from distllm.checkpoint.retention import candidates, choose
 from distllm.checkpoint.store import read_tensors
 from distllm.config.compare import Changes, changed_settings, settings
 from distllm.config.compose import to_plain
@@ -22,7 +22,7 @@ from distllm.data.record import what_changed
 from distllm.engine.engine import Engine
 from distllm.metrics.run_directory import RunDirectory
 from distllm.runtime.dist import on_main_rank
-from distllm.trainer.feed import OpenedData, refuse_exhausted
+from distllm.trainer.open_data import OpenedData, refuse_exhausted
 from distllm.trainer.state import TrainState
 
 # Which tokens come in which step hangs on the first; the weights hang on all of the model but the second.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from distllm.data.ledger import History, history_from_plain, phases, with_plan
-from distllm.data.mixture import counts_before
+from distllm.lineage.history import (
+    History,
+    Ranges,
+    consumed_by_source,
+    consumed_samples,
+    history_from_plain,
+    with_plan,
+)
 
 
 @dataclass(frozen=True)
@@ -23,29 +28,19 @@ class TrainState:
 
     step: int = 0
     next_sample: int = 0
-    skipped: tuple[tuple[int, int], ...] = ()
+    skipped: Ranges = ()
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     history: History = ()
 
     @property
-    def passed_by(self) -> list[tuple[int, int]]:
-        """The skipped ranges that lie behind."""
-        return [(first, end) for first, end in self.skipped if end <= self.next_sample]
-
-    @property
     def consumed_samples(self) -> int:
         """Samples that updates have seen."""
-        return self.next_sample - sum(end - first for first, end in self.passed_by)
+        return consumed_samples(self.next_sample, self.skipped)
 
     def consumed_by_source(self) -> dict[str, int]:
         """Samples that updates have seen, of each source that the mixture has had so far."""
-        drawn_from = phases(self.history)
-        consumed = Counter(counts_before(self.next_sample, drawn_from))
-        for first, end in self.passed_by:
-            consumed.update(counts_before(first, drawn_from))
-            consumed.subtract(counts_before(end, drawn_from))
-        return dict(consumed)
+        return consumed_by_source(self.history, self.next_sample, self.skipped)
 
     def samples(self, global_batch_size: int) -> range:
         """Of the next step."""

@@ -14,6 +14,7 @@ from distllm.config.layout_rules import num_microbatches
 from distllm.config.problems import UserError, user_error
 from distllm.config.rules import NUM_BYTES
 from distllm.config.schema import Config, Tokenizer
+from distllm.config.stages import pipeline_stages
 from distllm.layout.grid import Grid
 from distllm.layout.traffic import sent_bytes
 from distllm.metrics.format import block, bytes_, count, plural, table
@@ -24,7 +25,6 @@ from distllm.plan.bubble import bubble_of_ideal_time, bubble_of_step
 from distllm.plan.communication import busiest_stage, group_sizes, rank_traffic
 from distllm.plan.memory import estimate_memory, rank_memory
 from distllm.plan.nearest import Proposal, nearest_layouts
-from distllm.plan.stages import pipeline_stages
 
 NOT_COUNTED = "without communication buffers, layers that ZeRO-3 gathers, fragmentation and libraries"
 

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from distllm.checkpoint.manager import checkpoint_path, is_kept_for_good, list_checkpoints, remove, step_of
 from distllm.checkpoint.manifest import Manifest, read_manifest
+from distllm.checkpoint.retention import checkpoint_path, is_kept_for_good, list_checkpoints, remove, step_of
 from distllm.checkpoint.survey import Entry, bytes_on_disk, look_at, plan_pruning, survey
 from distllm.config.compose import Request, load
 from distllm.config.problems import Problem, UserError, user_error
@@ -21,7 +21,7 @@ from distllm.config.schema import Checkpoint, Config
 from distllm.metrics.format import bytes_, duration, plural
 from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.run_lock import RunLock
-from distllm.trainer.checkpoint_report import difference_text, list_text, prune_text, show_text
+from distllm.verbs.checkpoint_report import difference_text, list_text, prune_text, show_text
 
 EXIT_DAMAGED = 1
 LOCK_SECONDS = 1.0  # a running job holds it for as long as it runs

@@ -18,11 +18,11 @@ from distllm.checkpoint.manifest import read_manifest
 from distllm.checkpoint.store import read_tensors
 from distllm.config.problems import user_error
 from distllm.config.schema import Config, Model
+from distllm.config.stages import pipeline_stages
 from distllm.data.tokenizer import TextTokenizer
 from distllm.metrics.format import count
 from distllm.model.size import count_parameters
 from distllm.plan.parameters import stage_parameters
-from distllm.plan.stages import pipeline_stages
 from distllm.verbs.saved import SINGLE, checkpoint_to_read, refuse_launcher, tokenizer_folder
 
 TOKENIZER = "tokenizer.json"

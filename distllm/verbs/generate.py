@@ -19,7 +19,7 @@ from distllm.layout.groups import create_groups, destroy_groups
 from distllm.layout.place import Place
 from distllm.model.build import build_model
 from distllm.runtime import dist
-from distllm.trainer.sample import sample_tokens
+from distllm.trainer.completion import sample_tokens
 from distllm.verbs.saved import SINGLE, checkpoint_to_read, refuse_launcher, tokenizer_folder
 
 

@@ -20,7 +20,7 @@ from distllm import __version__
 from distllm.checkpoint.huggingface.config import dropouts, from_their_config
 from distllm.checkpoint.huggingface.names import Counterpart
 from distllm.checkpoint.huggingface.read import Stored, find_tensors, match_tensors, read_json
-from distllm.checkpoint.manager import checkpoint_path, list_checkpoints
+from distllm.checkpoint.retention import checkpoint_path, list_checkpoints
 from distllm.checkpoint.store import write_checkpoint
 from distllm.config.compose import assignment, to_plain
 from distllm.config.problems import UserError, user_error
@@ -32,7 +32,7 @@ from distllm.metrics.run_directory import RunDirectory, utc_now
 from distllm.metrics.run_lock import RunLock
 from distllm.model.size import count_parameters
 from distllm.runtime import dist
-from distllm.trainer.saving import LIBRARIES, TOKENIZER_FOLDER, tokenizer_files
+from distllm.trainer.checkpointing import LIBRARIES, TOKENIZER_FOLDER, tokenizer_files
 from distllm.verbs.export import TOKENIZER_CONFIG, token_text, whole_model
 from distllm.verbs.saved import refuse_launcher
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from distllm.checkpoint.manager import candidates, choose
 from distllm.checkpoint.manifest import Manifest, find_damage
+from distllm.checkpoint.retention import candidates, choose
 from distllm.config.problems import user_error
 from distllm.config.schema import Config, Parallel
 from distllm.metrics.run_directory import RunDirectory

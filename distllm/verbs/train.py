@@ -21,14 +21,14 @@ from distllm.runtime.activity import Activity
 from distllm.runtime.dist import Runtime
 from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
+from distllm.runtime.watchdog import Reports, watched
 from distllm.trainer.describe import describe_start, finish_outputs
-from distllm.trainer.feed import OpenedData, open_data
 from distllm.trainer.inject import parse
 from distllm.trainer.job import Job, build_job
 from distllm.trainer.loop import fit
+from distllm.trainer.open_data import OpenedData, open_data
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
-from distllm.trainer.watched import watched
 
 EXIT_PREEMPTED = 3
 
@@ -104,7 +104,14 @@ def _train(
     try:
         activity = Activity()
         job = build_job(config, runtime, groups, prepared, data, start, reporter, stop_request, activity)
-        with watched(config, runtime, activity, reporter):
+        with watched(
+            activity,
+            Path(config.run.dir),
+            runtime.rank,
+            runtime.world_size,
+            config.fault.hang_seconds,
+            Reports(reporter.hang, reporter.straggler),
+        ):
             end = fit(job)
         reporter.close()
         if end.step < config.train.steps:
@@ -120,7 +127,7 @@ def _train(
         raise
     finally:
         if job:
-            job.feed.close()
+            job.batches.close()
         destroy_groups()
 
 

@@ -34,8 +34,8 @@ from harness import run_ranks
 from torch import Tensor
 
 from distllm.bench.saving import Timing, Way, at_once, forget, others_cpu_seconds, time_way
+from distllm.checkpoint.async_writer import Saver
 from distllm.checkpoint.manifest import find_damage
-from distllm.checkpoint.saver import Saver
 from distllm.checkpoint.store import Contents, read_tensors
 from distllm.layout.fragment import Fragment
 from distllm.layout.place import Place

@@ -31,7 +31,7 @@ from distllm.bench.data import reading_rate
 from distllm.config.schema import Sequences as Settings
 from distllm.data.indexed import HEADER, MAGIC
 from distllm.data.loader import TrainingData, TrainingSource
-from distllm.data.mixture import Phase
+from distllm.data.mixture import Blend
 from distllm.data.order import Order
 from distllm.data.prepared import PreparedSource, Split
 from distllm.data.sequences import open_sequences
@@ -107,7 +107,7 @@ def ours(folder: Path, num_documents: int, num_tokens: int, packing: str = "chun
     settings = Settings(packing=packing, document_mask=packing != "chunk", prefetch=0)  # type: ignore[arg-type]
     sequences = open_sequences(source, split, settings, SEQ_LENGTH, 0, folder, report=lambda _: None)
     data = TrainingData({"made": TrainingSource(sequences, Order(SEED, "made"))})
-    phases = [Phase(0, {"made": 1.0})]
+    phases = [Blend(0, {"made": 1.0})]
     return lambda number: data.read(range(number * BATCH, (number + 1) * BATCH), phases)
 
 

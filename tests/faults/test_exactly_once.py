@@ -29,10 +29,10 @@ from runs import (
     write_corpus,
 )
 
-from distllm.data.ledger import phases, samples_of_step
+from distllm.lineage.history import blends, samples_of_step
+from distllm.lineage.ledger import read_ledger
+from distllm.lineage.origins import open_sources, trace, training_data
 from distllm.metrics.run_directory import RunDirectory
-from distllm.trainer.ledger import read_ledger
-from distllm.trainer.trace import open_sources, trace, training_data
 
 STEPS = 24
 SOURCES = (
@@ -88,7 +88,7 @@ def told_by_ledger(run: Path) -> dict[int, list[str]]:
     data = training_data(ledger, open_sources(ledger))
     found = {}
     for step in range(1, STEPS + 1):
-        samples = data.read(samples_of_step(ledger.history, step), phases(ledger.history))
+        samples = data.read(samples_of_step(ledger.history, step), blends(ledger.history))
         found[step - 1] = sorted(hashlib.md5(tokens.tobytes()).hexdigest() for tokens in samples.tokens)
     return found
 

@@ -92,7 +92,7 @@ def batched_messages(original: Callable[..., Any]) -> Callable[..., Any]:
 ZERO, QUIRKS = "distllm.engine.zero", "distllm.engine.deepspeed_quirks"
 FIXES = {
     "the mark of cut parameters": Fix(
-        "distllm.model.places._mark", nothing, 2, ("zero.stage=0", "parallel.tensor=2")
+        "distllm.model.sharding._mark", nothing, 2, ("zero.stage=0", "parallel.tensor=2")
     ),
     "norm weights summed over the sequence": Fix(
         "distllm.model.norm.copy_to_tensor_model_parallel_region",

@@ -14,8 +14,8 @@ from harness import run_ranks
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distllm.checkpoint.manager import checkpoint_path
 from distllm.checkpoint.manifest import find_damage, read_manifest
+from distllm.checkpoint.retention import checkpoint_path
 from distllm.checkpoint.store import write_checkpoint
 from distllm.config.problems import UserError
 from distllm.config.schema import Config

@@ -19,7 +19,7 @@ from distllm.layout.grid import Coordinates
 from distllm.layout.traffic import Amount, Transfer
 from distllm.plan.communication import rank_traffic
 from distllm.plan.gradients import BYTES
-from distllm.runtime.traffic import TrafficCounter
+from distllm.runtime.collective_counter import CollectiveCounter
 
 TP, PP, SP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
 INTERLEAVED = "parallel.virtual_pipeline=2"
@@ -65,7 +65,7 @@ def compare(rank: int, cases: list[tuple[str, ...]], has_weights: bool = False) 
             batch = jobs.microbatches(step, config, engine.groups)
             if has_weights:
                 batch = [replace(b, weights=jobs.even_weights(b.labels)) for b in batch]
-            with TrafficCounter(engine.groups) as counter:
+            with CollectiveCounter(engine.groups) as counter:
                 engine.train_step(batch, config.optimizer.lr)
         predicted = rank_traffic(config, jobs.VOCAB_SIZE, grid.data, place.pipeline, has_weights)
         largest = max(math.prod(p.local_shape) for p in engine.places.values())

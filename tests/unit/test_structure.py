@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "layout": {"config"},
     "runtime": {"config", "layout"},
     **{sibling: {"config", "layout", "runtime"} for sibling in SIBLINGS},
+    "lineage": {"config", "data", "metrics"},
     "plan": {"config", "layout", "model"},
-    "trainer": {"config", "layout", "runtime", "plan"} | SIBLINGS,
-    "bench": {"config", "layout", "runtime", "plan", "trainer"} | SIBLINGS,
-    "verbs": {"config", "layout", "runtime", "plan", "trainer", "bench"} | SIBLINGS,
+    "trainer": {"config", "layout", "runtime", "plan", "lineage"} | SIBLINGS,
+    "bench": {"config", "layout", "runtime", "plan", "lineage", "trainer"} | SIBLINGS,
+    "verbs": {"config", "layout", "runtime", "plan", "lineage", "trainer", "bench"} | SIBLINGS,
     "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {

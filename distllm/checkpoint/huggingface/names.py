@@ -1,6 +1,6 @@
 """Our tensors and Hugging Face's, name by name: what each of ours is called there, and how its rows lie.
 
-Pure. Ours are those of `model/places.py`; theirs are the parameters of `LlamaForCausalLM` and
+Pure. Ours are those of `model/sharding.py`; theirs are the parameters of `LlamaForCausalLM` and
 `GPT2LMHeadModel` in the library transformers. Rotary positions pair the same dimensions in both, so the rows
 within a head stay as they are.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distllm.checkpoint.async_writer import _HostCopies
 from distllm.checkpoint.pieces import Piece
-from distllm.checkpoint.saver import _HostCopies
 from distllm.layout.place import Box
 
 

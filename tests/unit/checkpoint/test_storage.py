@@ -11,9 +11,9 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 from harness import run_ranks
 
-from distllm.checkpoint.manager import checkpoint_path, list_checkpoints, remove_old
 from distllm.checkpoint.manifest import find_damage, read_manifest
 from distllm.checkpoint.pieces import pieces_of
+from distllm.checkpoint.retention import checkpoint_path, list_checkpoints, remove_old
 from distllm.checkpoint.store import Contents, read_tensors, write_pieces
 from distllm.config.schema import Checkpoint
 from distllm.layout.fragment import Fragment

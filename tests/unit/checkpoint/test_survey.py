@@ -9,8 +9,8 @@ import pytest
 import xxhash
 
 from distllm.checkpoint.integrity import FileRecord
-from distllm.checkpoint.manager import checkpoint_path
 from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, damages, find_damage, to_text
+from distllm.checkpoint.retention import checkpoint_path
 from distllm.checkpoint.survey import look_at, plan_pruning, survey
 from distllm.config.problems import UserError
 from distllm.config.schema import Checkpoint

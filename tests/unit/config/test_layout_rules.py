@@ -16,8 +16,7 @@ from test_rules import problems_of
 
 from distllm.config import compose, rules
 from distllm.config.schema import Parallel
-from distllm.config.stages import layers_per_chunk, microbatch_group_size
-from distllm.plan.stages import pipeline_stages
+from distllm.config.stages import layers_per_chunk, microbatch_group_size, pipeline_stages
 
 BASE_OVERRIDES = ("model.num_layers=8",)
 PP4 = "parallel.pipeline=4"

@@ -12,11 +12,11 @@ from test_data_sequences import opened, write
 
 from distllm.config.problems import UserError
 from distllm.data.loader import StepShape, TrainingData, TrainingSource
-from distllm.data.mixture import Phase
+from distllm.data.mixture import Blend
 from distllm.data.order import Order
 
 SEQ_LENGTH = 8
-PHASES = [Phase(0, {"a": 2, "b": 1}), Phase(30, {"a": 1, "b": 1}), Phase(70, {"a": 1, "b": 0})]
+PHASES = [Blend(0, {"a": 2, "b": 1}), Blend(30, {"a": 1, "b": 1}), Blend(70, {"a": 1, "b": 0})]
 
 
 def make_data(
@@ -87,11 +87,11 @@ def test_weights_and_document_starts_go_along(tmp_path: Path, packing: str) -> N
 
 def test_the_last_epoch_that_is_allowed(tmp_path: Path) -> None:
     data = make_data(tmp_path, max_epochs=2)
-    phases = [Phase(0, {"a": 1, "b": 0})]
+    blends = [Blend(0, {"a": 1, "b": 0})]
     size = data.sources["a"].sequences.num_sequences
-    data.locate(np.arange(2 * size), phases)
+    data.locate(np.arange(2 * size), blends)
     with pytest.raises(UserError, match="would be seen more often at sample 28"):
-        data.locate(np.arange(2 * size + 1), phases)
+        data.locate(np.arange(2 * size + 1), blends)
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -121,11 +121,11 @@ def test_pieces_lie_in_one_document_and_make_up_the_tokens(
         assert samples.weights is not None
         assert samples.document_starts is not None
         begin, weights, starts = 0, np.zeros(seq_length), []
-        for piece in sequences.pieces(sequence):
-            first = np.searchsorted(edges, piece.start, side="right")
-            assert first == np.searchsorted(edges, piece.stop - 1, side="right"), "in one document"
-            end = begin + piece.stop - piece.start
-            assert samples.tokens[0, begin:end].tolist() == list(range(piece.start + 1, piece.stop + 1))
+        for span in sequences.document_spans(sequence):
+            first = np.searchsorted(edges, span.start, side="right")
+            assert first == np.searchsorted(edges, span.stop - 1, side="right"), "in one document"
+            end = begin + span.stop - span.start
+            assert samples.tokens[0, begin:end].tolist() == list(range(span.start + 1, span.stop + 1))
             weights[begin : end - 1] = 1
             starts.append(begin)
             begin = end

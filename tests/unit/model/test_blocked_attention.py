@@ -12,7 +12,7 @@ from torch import Tensor
 from distllm.model import blocked_attention as module
 from distllm.model.attention import CausalAttention, are_blocks_faster
 from distllm.model.blocked_attention import BlockSize, blocked_attention
-from distllm.model.operations import AS_WRITTEN, compiled
+from distllm.model.kernels import AS_WRITTEN, compiled
 
 HEAD_DIM = 16
 
@@ -55,13 +55,13 @@ def test_output_and_gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_operations_change_nothing(dtype: torch.dtype) -> None:
+def test_compiled_kernels_change_nothing(dtype: torch.dtype) -> None:
     """Each block sees more keys than the one before; the first sees as many as it has queries."""
     inputs, gradient = tensors(300, 4, 2, dtype)
     query, key, value = (x.requires_grad_() for x in inputs)
     results = []
-    for operations in (compiled(pytest.fail), AS_WRITTEN):
-        context = blocked_attention(query, key, value, 0.3, operations)
+    for kernels in (compiled(pytest.fail), AS_WRITTEN):
+        context = blocked_attention(query, key, value, 0.3, kernels)
         results.append([context, *torch.autograd.grad(context, inputs, gradient)])
     for found, wanted in zip(*results, strict=True):
         # Another approximation of exp, and in bf16 what it makes be rounded the other way: one in 2^8.

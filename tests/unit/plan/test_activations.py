@@ -4,13 +4,13 @@ import pytest
 from shapes import config_of, llama
 
 from distllm.config.schema import Config
+from distllm.config.stages import pipeline_stages
 from distllm.plan.activations import (
     layer_elements_per_token,
     microbatches_in_flight,
     recomputed_elements_per_token,
     stage_elements_per_token,
 )
-from distllm.plan.stages import pipeline_stages
 
 EIGHT_B = 4 * 4096 + (4096 + 2048) + 4096 + (4096 + 1024) + 4 * 14336  # norms, qkv, context, rotated, FFN
 

@@ -6,9 +6,9 @@ import pytest
 from shapes import LLAMA_VOCABULARY, config_of, llama
 
 from distllm.config.schema import Config
+from distllm.config.stages import pipeline_stages
 from distllm.model.size import count_parameters
 from distllm.plan.parameters import numel, stage_parameters
-from distllm.plan.stages import pipeline_stages
 
 VOCABULARY = 300
 GPT2 = ("model=gpt2_124m", "model.num_layers=8")

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from shapes import LLAMA_VOCABULARY, config_of, llama
 
 from distllm.config.schema import Config
+from distllm.config.stages import pipeline_stages
 from distllm.layout.grid import Grid
 from distllm.layout.traffic import Amount, Transfer, add_up, sent_bytes
 from distllm.plan.communication import busiest_stage, group_sizes, rank_sent_bytes, rank_traffic
 from distllm.plan.gather import gathered_parameters, passes
 from distllm.plan.parameters import numel, stage_parameters
-from distllm.plan.stages import pipeline_stages
 
 VOCABULARY = 384  # a multiple of what it is padded to
 ONE_MICROBATCH = ("train.global_batch_size=64", "train.micro_batch_size=1")

@@ -2,7 +2,7 @@
 
 from shapes import config_of
 
-from distllm.plan.stages import pipeline_stages
+from distllm.config.stages import pipeline_stages
 
 
 def test_interleaved_chunks_go_round_the_stages() -> None:

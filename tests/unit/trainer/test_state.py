@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distllm.data.ledger import phases, samples_of_step, with_plan
 from distllm.data.mixture import draw
+from distllm.lineage.history import blends, samples_of_step, with_plan
 from distllm.trainer.state import TrainState
 
 WEIGHTS = {"a": 2.0, "b": 1.0}
@@ -91,7 +91,7 @@ def test_a_resume_at_any_step_goes_on_with_the_same_samples(batch: int, changes:
             number = sum(change <= state.step for change in changes)
             state = state.planned(batch, {"a": 1.0 + number, "b": 2.0, "c": float(number % 2)})
             samples = np.arange(state.next_sample, state.next_sample + batch)
-            draws = draw(samples, phases(state.history))
+            draws = draw(samples, blends(state.history))
             names = [draws.names[source] for source in draws.sources]
             drawn += zip(names, draws.source_samples.tolist(), strict=True)
             state = state.after_step(batch, 1.0, 1.0, 8)

@@ -11,9 +11,9 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from distllm.checkpoint import saver as saver_module
-from distllm.checkpoint.manager import checkpoint_path
-from distllm.checkpoint.saver import Saver
+from distllm.checkpoint import async_writer as saver_module
+from distllm.checkpoint.async_writer import Saver
+from distllm.checkpoint.retention import checkpoint_path
 from distllm.checkpoint.store import Contents, SaveFailedError, read_tensors, write_pieces
 from distllm.layout.fragment import Fragment
 from distllm.layout.place import Place

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distllm.checkpoint.manager import list_checkpoints
 from distllm.checkpoint.manifest import read_manifest
+from distllm.checkpoint.retention import list_checkpoints
 from distllm.config.compose import Request
 from distllm.config.problems import user_error
 from distllm.config.schema import Config
-from distllm.data.ledger import samples_of_step
+from distllm.lineage.history import History, samples_of_step
+from distllm.lineage.ledger import Ledger, read_ledger
+from distllm.lineage.origins import Origin, TracedSample, trace
+from distllm.lineage.proof import Proof, contradictions, prove
 from distllm.metrics.format import block, plural
 from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.sinks import read_rows
-from distllm.trainer.ledger import Ledger, read_ledger
-from distllm.trainer.proof import Proof, contradictions, prove
 from distllm.trainer.resume import saved_state
-from distllm.trainer.state import TrainState
-from distllm.trainer.trace import Origin, TracedSample, trace
 
 EXIT_NOT_PROVEN = 1
 HEADER = ("sample", "source", "epoch", "sequence", "document", "tokens", "file", "row")
@@ -41,7 +40,7 @@ def run(config: Config, request: Request) -> int:
     first, last = _steps(arguments.get("steps", f"1:{last_step}"), last_step)
     proof = prove(ledger, first, last)
     starts = [event["step"] for event in directory.read_events() if event["kind"] == "start"]
-    proof.faults += contradictions(ledger, rows, _states(directory), min(starts, default=0) + 1)
+    proof.faults += contradictions(ledger, rows, _histories(directory), min(starts, default=0) + 1)
     print(proof_text(proof, directory))
     return EXIT_NOT_PROVEN if proof.faults else 0
 
@@ -93,17 +92,17 @@ def proof_text(proof: Proof, directory: RunDirectory) -> str:
     return block(f"distllm trace: {outcome}", sections)
 
 
-def _states(directory: RunDirectory) -> dict[str, TrainState]:
+def _histories(directory: RunDirectory) -> dict[str, History]:
     """Of the run's own checkpoints that hold one; what is damaged is passed over by `train`, too."""
-    states = {}
+    histories = {}
     for path in list_checkpoints(directory.checkpoints_path):
         try:
             manifest = read_manifest(path)
         except (OSError, ValueError):
             continue
         if manifest.details.get("state"):
-            states[path.name] = saved_state(manifest)
-    return states
+            histories[path.name] = saved_state(manifest).history
+    return histories
 
 
 def _steps(text: str, last_step: int) -> tuple[int, int]:

@@ -1,20 +1,18 @@
-"""`ledger/ledger.json` in the run directory: all that `distllm trace` needs to say what went where."""
+"""`ledger/ledger.json` in the run directory: all that `distllm lineage` needs to say what went where."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distllm.config.problems import user_error
 from distllm.config.schema import Config
-from distllm.data.ledger import History, history_from_plain, history_to_plain
+from distllm.lineage.history import History, Ranges, history_from_plain, history_to_plain
 from distllm.metrics.jsonl import write_atomically
 from distllm.metrics.run_directory import RunDirectory
-from distllm.trainer.reporter import Reporter
-from distllm.trainer.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -27,24 +25,29 @@ class Ledger:
     cache: Path
     records: dict[str, dict[str, Any]]
     history: History
-    skipped: tuple[tuple[int, int], ...]
+    skipped: Ranges
 
 
 class LedgerFile:
-    """Keeps the file up to date; rank 0 writes, on other ranks the same calls do nothing."""
+    """Keeps the file up to date."""
 
-    def __init__(self, config: Config, records: Mapping[str, Mapping[str, Any]], reporter: Reporter) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        config: Config,
+        records: Mapping[str, Mapping[str, Any]],
+        warn: Callable[[str], None],
+    ) -> None:
+        """path: None on ranks that do not write. records: of all sources that the run has drawn from."""
+        self._path = path
         self._config = config
         self._records = records
-        self._reporter = reporter
-        self._kept: TrainState | None = None
+        self._warn = warn
+        self._kept: tuple[History, Ranges] | None = None
 
-    def keep(self, state: TrainState) -> None:
+    def keep(self, history: History, skipped: Ranges) -> None:
         """Called before every step; writes where the plan has changed, which is seldom."""
-        kept = self._kept
-        if kept and kept.history == state.history and kept.skipped == state.skipped:
-            return
-        if not self._reporter.is_main:
+        if self._path is None or self._kept == (history, skipped):
             return
         content = {
             "seed": self._config.train.seed,
@@ -52,17 +55,16 @@ class LedgerFile:
             "packing": self._config.sequences.packing,
             "cache": str(Path(self._config.data.cache).expanduser().absolute()),
             "sources": self._records,
-            "history": history_to_plain(state.history),
-            "skipped": state.skipped,
+            "history": history_to_plain(history),
+            "skipped": skipped,
         }
-        path = self._reporter.run.ledger_path
         try:
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+            self._path.parent.mkdir(exist_ok=True)
+            write_atomically(self._path, json.dumps(content, indent=1).encode() + b"\n")
         except OSError as error:  # a full disk ends no job; the next change is written with this one
-            self._reporter.warn(f"{path} could not be written: {error}")
+            self._warn(f"{self._path} could not be written: {error}")
             return
-        self._kept = state
+        self._kept = (history, skipped)
 
 
 def read_ledger(run: RunDirectory) -> Ledger:

@@ -45,8 +45,8 @@ MESSAGES = {
 NO_MESSAGE = {"check_for_nan"}
 
 
-class TrafficCounter(TorchDispatchMode):
-    """`with TrafficCounter(groups) as counter:` counts what this rank does inside; `counter.traffic()` tells.
+class CollectiveCounter(TorchDispatchMode):
+    """`with CollectiveCounter(groups) as counter:` counts what this rank sends; `counter.traffic()`.
 
     Groups of one rank are left out: nothing is sent. A group that is none of `groups` counts as "world" where
     it is the world group, and else by its own name. Object collectives count as the collectives of tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distllm.trainer.sample import choose_token, sample_tokens
+from distllm.trainer.completion import choose_token, sample_tokens
 
 VOCAB_SIZE, END = 8, 7
 

@@ -10,13 +10,13 @@ import numpy as np
 from distllm.config.problems import user_error
 from distllm.config.schema import Sequences as Settings
 from distllm.data.file_array import FileArray
-from distllm.data.ledger import phases, samples_of_step
 from distllm.data.loader import TrainingData, TrainingSource
 from distllm.data.order import Order
 from distllm.data.prepared import PreparedSource
 from distllm.data.record import from_record
 from distllm.data.sequences import Sequences, open_sequences
-from distllm.trainer.ledger import Ledger
+from distllm.lineage.history import blends, samples_of_step
+from distllm.lineage.ledger import Ledger
 
 ORIGIN = np.dtype([("file", "<u4"), ("row", "<u8")])  # of a document: number in files.json, row from 0
 
@@ -56,14 +56,14 @@ class TracedSource:
     def origins(self, sequence: int) -> list[Origin]:
         stream = self.sequences.stream
         found = []
-        for piece in self.sequences.pieces(sequence):
-            document = stream.document_at(piece.start)
+        for span in self.sequences.document_spans(sequence):
+            document = stream.document_at(span.start)
             begin, end = stream.offsets(document, 2).tolist()
             file = row = None
             if self._origins is not None:
                 (origin,) = self._origins.read(document, document + 1).tolist()
                 file, row = self._files[origin[0]], origin[1]
-            found.append(Origin(document, piece.start - begin, piece.stop - begin, end - begin, file, row))
+            found.append(Origin(document, span.start - begin, span.stop - begin, end - begin, file, row))
         return found
 
 
@@ -103,7 +103,7 @@ def trace(ledger: Ledger, step: int) -> list[TracedSample]:
     sources = open_sources(ledger)
     samples = samples_of_step(ledger.history, step)
     located = training_data(ledger, sources).locate(
-        np.arange(samples.start, samples.stop, dtype=np.int64), phases(ledger.history)
+        np.arange(samples.start, samples.stop, dtype=np.int64), blends(ledger.history)
     )
     return [
         TracedSample(sample, name, epoch, sequence, sources[name].origins(sequence))

@@ -8,7 +8,8 @@ import pytest
 import xxhash
 
 from distllm.checkpoint.integrity import FileRecord
-from distllm.checkpoint.manager import (
+from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, find_damage, to_text
+from distllm.checkpoint.retention import (
     Choice,
     candidates,
     checkpoint_path,
@@ -16,7 +17,6 @@ from distllm.checkpoint.manager import (
     list_checkpoints,
     remove_old,
 )
-from distllm.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest, find_damage, to_text
 from distllm.checkpoint.storage import LocalStorage
 from distllm.config.problems import UserError
 from distllm.config.schema import Checkpoint

@@ -103,7 +103,7 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Operations:
+class Kernels:
     """The functions above, or what stands in for them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -115,18 +115,18 @@ class Operations:
     row_dot: Callable[[Tensor, Tensor], Tensor] = row_dot
 
 
-AS_WRITTEN = Operations()
+AS_WRITTEN = Kernels()
 
 
-def use_operations(model: nn.Module, operations: Operations) -> None:
-    """In the training steps of `model`; elsewhere shapes vary, and operations run as they are written."""
+def use_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """In the training steps of `model`; elsewhere shapes vary, and kernels run as they are written."""
     modules: Any = model.modules()
     for module in modules:
-        if hasattr(module, "operations"):
-            module.operations = operations
+        if hasattr(module, "kernels"):
+            module.kernels = kernels
 
 
-def compiled(warn: Callable[[str], None]) -> Operations:
+def compiled(warn: Callable[[str], None]) -> Kernels:
     """Compiled where the first call of each succeeds; else as written, which `warn` is told.
 
     For the steps of training, whose shapes never change: every further shape would be compiled anew, but for
@@ -135,7 +135,7 @@ def compiled(warn: Callable[[str], None]) -> Operations:
     # Compiling in worker processes would leave them behind, and a forked rank cannot start them.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     static, dynamic = (partial(_WithFallback, is_dynamic=value, warn=warn) for value in (False, True))
-    return Operations(
+    return Kernels(
         rms_norm=static(rms_norm),
         swiglu=static(swiglu),
         split_heads=static(split_heads),

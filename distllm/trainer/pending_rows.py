@@ -9,7 +9,7 @@ from distllm.metrics.meter import Row
 from distllm.trainer.reporter import Reporter
 
 
-class TrainingRows:
+class PendingRows:
     """On a GPU the end of an update is known one step later: the host waits for the device once a step, ahead
     of the update (engine/engine.py), and not for a row."""
 

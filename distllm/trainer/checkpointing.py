@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distllm import __version__
-from distllm.checkpoint.manager import checkpoint_path, remove_old
-from distllm.checkpoint.saver import Outcome, Saver
+from distllm.checkpoint.async_writer import Outcome, Saver
+from distllm.checkpoint.retention import checkpoint_path, remove_old
 from distllm.checkpoint.store import Contents
 from distllm.config.compose import to_plain
 from distllm.config.schema import Config
@@ -20,8 +20,8 @@ from distllm.layout.grid import Grid
 from distllm.layout.save_groups import create_save_groups
 from distllm.metrics.format import duration
 from distllm.metrics.run_directory import utc_now
-from distllm.trainer.grace import expected_save_seconds
 from distllm.trainer.reporter import Reporter
+from distllm.trainer.save_time import expected_save_seconds
 from distllm.trainer.state import TrainState
 
 TOKENIZER_FOLDER = "tokenizer"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distllm.runtime.traffic import MESSAGES, NO_MESSAGE, message_bytes, operators
+from distllm.runtime.collective_counter import MESSAGES, NO_MESSAGE, message_bytes, operators
 
 MAX_DEPTH_ON_ONE_THREAD = 60  # torch/csrc/autograd/engine.h: deeper ones go to other threads
 

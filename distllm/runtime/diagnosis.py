@@ -10,14 +10,14 @@ from distllm.runtime.heartbeat import STALE_SECONDS, Beat
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """suspects: ranks that the others wait for; empty where nobody stands out."""
 
     suspects: tuple[int, ...]
     reason: str
 
 
-def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int) -> Verdict:
+def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int) -> Diagnosis:
     """beats: of each rank, its last. ages: seconds since each rank's last beat.
 
     In order: a rank without a sign of life is stopped, dead, or held up inside one call; a rank that lives
@@ -26,18 +26,18 @@ def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int)
     """
     silent = [rank for rank in range(world_size) if ages.get(rank, float("inf")) > STALE_SECONDS]
     if silent:
-        return Verdict(tuple(silent), "no sign of life: stopped, dead, or held up inside one call")
+        return Diagnosis(tuple(silent), "no sign of life: stopped, dead, or held up inside one call")
     waiting = [rank for rank, beat in beats.items() if beat.collective]
     stuck = [rank for rank in beats if rank not in waiting]
     if waiting and stuck:
-        return Verdict(tuple(stuck), "alive and outside of communication, while the others wait")
+        return Diagnosis(tuple(stuck), "alive and outside of communication, while the others wait")
     if not waiting:
-        return Verdict(tuple(stuck), "alive, and no rank waits for another")
+        return Diagnosis(tuple(stuck), "alive, and no rank waits for another")
     progress = {rank: (beat.step, beat.microbatch) for rank, beat in beats.items()}
     behind = [rank for rank in progress if progress[rank] < max(progress.values())]
     if behind:
-        return Verdict(tuple(behind), "waiting like all others, but behind them")
-    return Verdict((), "all ranks wait at the same place: the network, or ranks in different collectives")
+        return Diagnosis(tuple(behind), "waiting like all others, but behind them")
+    return Diagnosis((), "all ranks wait at the same place: the network, or ranks in different collectives")
 
 
 def stragglers(

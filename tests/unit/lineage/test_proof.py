@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from distllm.data.indexed import TokenWriter
-from distllm.data.ledger import History, Stretch, with_plan
 from distllm.data.loader import Located, TrainingData
 from distllm.data.prepared import PreparedSource, Split
 from distllm.data.record import to_record
-from distllm.trainer import proof as proof_module
-from distllm.trainer.ledger import Ledger
-from distllm.trainer.proof import contradictions, prove
-from distllm.trainer.state import TrainState
-from distllm.trainer.trace import trace
+from distllm.lineage import proof as proof_module
+from distllm.lineage.history import History, Stretch, with_plan
+from distllm.lineage.ledger import Ledger
+from distllm.lineage.origins import trace
+from distllm.lineage.proof import contradictions, prove
 
 BATCH, STEPS, SEQ_LENGTH = 6, 40, 8
 WEIGHTS = [{"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 3.0}]
@@ -89,8 +88,8 @@ def test_samples_that_should_have_been_left_out_are_seen(ledger: Ledger) -> None
 
 def test_a_mixture_that_counts_wrongly_is_found(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a change of weights forgets what a source has given before (Megatron-LM#457)."""
-    forgotten = [proof_module.phases(ledger.history)[1]]
-    monkeypatch.setattr(proof_module, "phases", lambda _: [replace(forgotten[0], first=0)])
+    forgotten = [proof_module.blends(ledger.history)[1]]
+    monkeypatch.setattr(proof_module, "blends", lambda _: [replace(forgotten[0], first=0)])
     right = prove(ledger, 1, STEPS)
     assert right.faults == [], "one mixture for all is as good"
     monkeypatch.undo()
@@ -107,9 +106,8 @@ def test_a_mixture_that_counts_wrongly_is_found(ledger: Ledger, monkeypatch: pyt
 
 
 def test_rows_and_checkpoints_must_agree(ledger: Ledger) -> None:
-    end = TrainState(history=ledger.history, next_sample=BATCH, step=1)
     row = {"step": 1, "consumed_samples": BATCH, "consumed_tokens/a": 40, "consumed_tokens/b": 8}
-    assert contradictions(ledger, [row], {"step_00000001": replace(end, history=ledger.history[:1])}) == []
+    assert contradictions(ledger, [row], {"step_00000001": ledger.history[:1]}) == []
     assert contradictions(ledger, [row | {"consumed_tokens/a": 32}], {}) == [
         "step 1 had consumed_tokens/a 32 in metrics.jsonl; the ledger says 40"
     ]
@@ -117,7 +115,7 @@ def test_rows_and_checkpoints_must_agree(ledger: Ledger) -> None:
     assert contradictions(ledger, [row], {}, first_step=2) == [
         "metrics.jsonl does not hold every step from 2 on once"
     ]
-    other = replace(end, history=(Stretch(0, 0, 5, WEIGHTS[0]),))
+    other = (Stretch(0, 0, 5, WEIGHTS[0]),)
     assert contradictions(ledger, [row], {"step_00000001": other}) == [
         "step_00000001 was written under another history"
     ]

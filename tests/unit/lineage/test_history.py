@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distllm.data.ledger import (
+from distllm.lineage.history import (
     History,
     Stretch,
+    blends,
     history_from_plain,
     history_to_plain,
-    phases,
     samples_of_step,
     with_plan,
 )
@@ -37,8 +37,8 @@ def test_history_gives_back_what_was_planned(taken: list[tuple[int, int, int]]) 
         sample += batch
     assert [samples_of_step(history, number) for number in range(1, len(taken) + 1)] == planned
     for first, weights_then in drawn:
-        phase = [phase for phase in phases(history) if phase.first <= first][-1]
-        assert phase.weights == weights_then
+        blend = [blend for blend in blends(history) if blend.first <= first][-1]
+        assert blend.weights == weights_then
     assert history_from_plain(json.loads(json.dumps(history_to_plain(history)))) == history
 
 
@@ -57,7 +57,7 @@ def test_a_step_that_was_refused_and_left_out_has_no_samples() -> None:
     history = with_plan(history, 5, 48, 8, WEIGHTS[1])
     assert samples_of_step(history, 5) == range(32, 40)
     assert samples_of_step(history, 6) == range(48, 56)
-    assert [phase.first for phase in phases(history)] == [0, 40]
+    assert [blend.first for blend in blends(history)] == [0, 40]
 
 
 def test_steps_count_from_one() -> None:

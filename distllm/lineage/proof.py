@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from distllm.data.ledger import phases, samples_of_step
 from distllm.data.loader import TrainingData
 from distllm.data.mixture import counts_before
-from distllm.trainer.ledger import Ledger
-from distllm.trainer.state import TrainState
-from distllm.trainer.trace import open_sources, training_data
+from distllm.lineage.history import History, blends, consumed_by_source, consumed_samples, samples_of_step
+from distllm.lineage.ledger import Ledger
+from distllm.lineage.origins import open_sources, training_data
 
 SAMPLES_AT_A_TIME = 1 << 20
 
@@ -41,7 +40,7 @@ def prove(ledger: Ledger, first_step: int, last_step: int) -> Proof:
     """
     proof = Proof(first_step, last_step)
     sources = open_sources(ledger)
-    data, drawn_from = training_data(ledger, sources), phases(ledger.history)
+    data, drawn_from = training_data(ledger, sources), blends(ledger.history)
     proof.num_sequences = {name: source.sequences.num_sequences for name, source in sources.items()}
     ranges = [samples_of_step(ledger.history, step) for step in range(first_step, last_step + 1)]
     proof.faults += _check_ranges(ranges, ledger, proof)
@@ -104,7 +103,7 @@ def _left_out(ledger: Ledger, data: TrainingData, first: int, last: int) -> dict
     for start, end in ledger.skipped:
         samples = np.arange(max(start, first), min(end, last), dtype=np.int64)
         if len(samples):
-            located = data.locate(samples, phases(ledger.history))
+            located = data.locate(samples, blends(ledger.history))
             for place in zip(located.sources, located.epochs.tolist(), strict=True):
                 counts[place] = counts.get(place, 0) + 1
     return counts
@@ -113,11 +112,11 @@ def _left_out(ledger: Ledger, data: TrainingData, first: int, last: int) -> dict
 def contradictions(
     ledger: Ledger,
     rows: Sequence[Mapping[str, Any]],
-    states: Mapping[str, TrainState],
+    histories: Mapping[str, History],
     first_step: int = 1,
 ) -> list[str]:
     """Where the ledger and what the run wrote at the time differ: training rows of metrics.jsonl, and the
-    states in its checkpoints, by their names.
+    histories in its checkpoints, by their names.
 
     first_step: of this run directory; another than 1 where it goes on from the checkpoint of another.
     """
@@ -127,9 +126,8 @@ def contradictions(
         found.append(f"metrics.jsonl does not hold every step from {first_step} on once")
     for row in rows:
         stop = samples_of_step(ledger.history, row["step"]).stop
-        consumed = TrainState(row["step"], stop, ledger.skipped, history=ledger.history)
-        expected = {"consumed_samples": consumed.consumed_samples}
-        if len(by_source := consumed.consumed_by_source()) > 1:
+        expected = {"consumed_samples": consumed_samples(stop, ledger.skipped)}
+        if len(by_source := consumed_by_source(ledger.history, stop, ledger.skipped)) > 1:
             expected |= {
                 f"consumed_tokens/{name}": count * ledger.seq_length for name, count in by_source.items()
             }
@@ -138,7 +136,7 @@ def contradictions(
             for name, value in expected.items()
             if name in row and row[name] != value
         ]
-    for name, state in states.items():
-        if state.history != ledger.history[: len(state.history)]:
+    for name, history in histories.items():
+        if history != ledger.history[: len(history)]:
             found.append(f"{name} was written under another history")
     return found

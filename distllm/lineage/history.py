@@ -6,11 +6,12 @@ weights of the mixture, samples that a guard has left out); all else follows fro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distllm.data.mixture import Phase
+from distllm.data.mixture import Blend, counts_before
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Stretch:
 
 
 History = tuple[Stretch, ...]
+# [first, end) of samples that no update has seen or will see, in order.
+Ranges = tuple[tuple[int, int], ...]
 
 
 def with_plan(
@@ -55,13 +58,32 @@ def samples_of_step(history: History, step: int) -> range:
     return range(first, first + stretch.batch_size)
 
 
-def phases(history: History) -> list[Phase]:
-    """The mixture as a function of the sample: a new phase only where weights change."""
-    found: list[Phase] = []
+def blends(history: History) -> list[Blend]:
+    """The mixture as a function of the sample: a new blend only where weights change."""
+    found: list[Blend] = []
     for stretch in history:
         if not found or stretch.weights != found[-1].weights:
-            found.append(Phase(stretch.first_sample, stretch.weights))
+            found.append(Blend(stretch.first_sample, stretch.weights))
     return found
+
+
+def consumed_samples(next_sample: int, skipped: Ranges) -> int:
+    """Samples before `next_sample` that updates have seen."""
+    return next_sample - sum(end - first for first, end in _behind(next_sample, skipped))
+
+
+def consumed_by_source(history: History, next_sample: int, skipped: Ranges) -> dict[str, int]:
+    """The same, of each source that the mixture has had so far."""
+    drawn_from = blends(history)
+    consumed = Counter(counts_before(next_sample, drawn_from))
+    for first, end in _behind(next_sample, skipped):
+        consumed.update(counts_before(first, drawn_from))
+        consumed.subtract(counts_before(end, drawn_from))
+    return dict(consumed)
+
+
+def _behind(next_sample: int, skipped: Ranges) -> Ranges:
+    return tuple((first, end) for first, end in skipped if end <= next_sample)
 
 
 def history_to_plain(history: History) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from distllm.runtime.diagnosis import judge, stragglers
 from distllm.runtime.heartbeat import Beat
-from distllm.runtime.verdict import judge, stragglers
 
 WAITING = Beat(0, 10, "host", 0.0, 5, 1, (40, 48), "train", 9.0, "all_reduce", 0.1)
 

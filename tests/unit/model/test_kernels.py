@@ -1,4 +1,4 @@
-"""Operations compute what they say, compiled too; what cannot be compiled runs as it is written."""
+"""Kernels compute what they say, compiled too; what cannot be compiled runs as it is written."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distllm.model.kernels import AS_WRITTEN, Kernels, compiled, use_kernels
 from distllm.model.norm import RMSNorm
-from distllm.model.operations import AS_WRITTEN, Operations, compiled, use_operations
 
 SEQ, BATCH, GROUPS, HEADS_PER_GROUP, HEAD_DIM = 12, 2, 3, 2, 8
 
@@ -48,12 +48,12 @@ def test_heads_are_split_and_rotated() -> None:
 
 
 @pytest.fixture(scope="module")
-def operations() -> Operations:
+def kernels() -> Kernels:
     return compiled(never)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "split_heads"])
-def test_compiled_operations_compute_the_same(name: str, operations: Operations) -> None:
+def test_compiled_kernels_compute_the_same(name: str, kernels: Kernels) -> None:
     mixed, tables = mixed_and_tables()
     arguments: dict[str, tuple[Any, ...]] = {
         "rms_norm": (mixed, random(mixed.size(-1)), 1e-5),
@@ -62,7 +62,7 @@ def test_compiled_operations_compute_the_same(name: str, operations: Operations)
     }
     mixed.requires_grad_()
     results = []
-    for source in (AS_WRITTEN, operations):
+    for source in (AS_WRITTEN, kernels):
         outputs = getattr(source, name)(*arguments[name])
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         weights = [random(*output.shape) for output in outputs]
@@ -74,7 +74,7 @@ def test_compiled_operations_compute_the_same(name: str, operations: Operations)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["exponentials", "causal_exponentials", "causal_gradients", "row_dot"])
-def test_compiled_operations_without_gradients(name: str, dtype: torch.dtype, operations: Operations) -> None:
+def test_compiled_kernels_without_gradients(name: str, dtype: torch.dtype, kernels: Kernels) -> None:
     """They may overwrite what they are given, so each gets its own; twice, as blocks grow to the right."""
     for seen in (4, 8):
         shape = 2, 3, 4, seen
@@ -86,8 +86,7 @@ def test_compiled_operations_without_gradients(name: str, dtype: torch.dtype, op
             "row_dot": [random(*shape).to(dtype), random(*shape).to(dtype)],
         }
         results = [
-            getattr(source, name)(*(x.clone() for x in arguments[name]))
-            for source in (AS_WRITTEN, operations)
+            getattr(source, name)(*(x.clone() for x in arguments[name])) for source in (AS_WRITTEN, kernels)
         ]
         # fp32 as above; in bf16 what lies close to the middle of two numbers may be rounded either way.
         relative = 2e-6 if dtype == torch.float32 else 2.0**-7
@@ -129,7 +128,7 @@ def test_only_steps_of_training_use_them() -> None:
         params_dtype = torch.float32
 
     norm = RMSNorm(Config(), 8)
-    use_operations(nn.Sequential(norm), Operations(rms_norm=lambda x, weight, epsilon: x * 0))
+    use_kernels(nn.Sequential(norm), Kernels(rms_norm=lambda x, weight, epsilon: x * 0))
     x = random(3, 8)
     assert not norm.train()(x).any()
     assert norm.eval()(x).any()

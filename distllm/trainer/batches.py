@@ -1,0 +1,72 @@
+"""The microbatches of each step, read ahead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distllm.data.loader import StepShape, TrainingData
+from distllm.data.mixture import Blend
+from distllm.data.prefetch import Prefetcher
+from distllm.data.sequences import Samples
+from distllm.engine.pipeline import Microbatch
+from distllm.lineage.history import blends
+from distllm.trainer.state import TrainState
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The step that begins with this sample."""
+
+    first_sample: int
+    blends: list[Blend]
+
+
+class Batches:
+    """The microbatches of one data-parallel rank, on its device."""
+
+    def __init__(
+        self, training: TrainingData, shape: StepShape, dp_rank: int, device: torch.device, prefetch: int
+    ) -> None:
+        self._training = training
+        self._shape = shape
+        self._dp_rank = dp_rank
+        self._device = device
+        self._prefetcher = Prefetcher(self._read, self._following, prefetch)
+
+    def microbatches(self, state: TrainState) -> list[Microbatch]:
+        """Of the next step; `state` is planned."""
+        return self._prefetcher.get(_Request(state.next_sample, blends(state.history)))
+
+    def close(self) -> None:
+        self._prefetcher.close()
+
+    def _following(self, request: _Request) -> Iterator[_Request]:
+        first = request.first_sample
+        while True:
+            first += self._shape.global_batch_size
+            yield _Request(first, request.blends)
+
+    def _read(self, request: _Request) -> list[Microbatch]:
+        samples = self._training.microbatches(
+            request.first_sample, request.blends, self._dp_rank, self._shape
+        )
+        return [to_microbatch(part, self._device) for part in samples]
+
+
+def to_microbatch(samples: Samples, device: torch.device) -> Microbatch:
+    """On its way to the device: the copy from pinned memory waits for nothing and nothing waits for it but
+    the kernels that read it."""
+
+    def move(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return Microbatch(
+        move(samples.tokens),
+        None if samples.weights is None else move(samples.weights),
+        None if samples.document_starts is None else move(samples.document_starts),
+    )
