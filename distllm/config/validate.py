@@ -97,8 +97,11 @@ def _typed(
             # `unknown_settings` has named those of the sections; deeper ones are named here.
             is_named = detail["type"] == "unexpected_keyword_argument" and len(detail["loc"]) <= 2
             if not is_named and setting not in reported:
+                context = detail.get("ctx", {})
                 problems.append(
-                    _translated(setting, detail["type"], detail["msg"], detail["input"], examples)
+                    Problem(setting, detail["input"], detail["msg"], f"{setting}={context['nearest']}")
+                    if detail["type"] == "choice"
+                    else _translated(setting, detail["type"], detail["msg"], detail["input"], examples)
                 )
         return None, problems
 
