@@ -16,14 +16,13 @@ import jobs
 from torch import Tensor
 
 from distllm.config.schema import Config
-from distllm.config.stages import pipeline_stages
 from distllm.engine.engine import Engine
 from distllm.engine.replicated import ReplicatedEngine
 from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Coordinates
 from distllm.plan.gradients import update_gradients
 from distllm.plan.memory import rank_memory
-from distllm.plan.parameters import stage_parameters
+from distllm.plan.rank_view import RankView
 
 # Where DeepSpeed 0.19.8 keeps what; attributes that a class of optimizer does not have are passed over.
 WEIGHTS = ("bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer", "fp16_partitioned_groups_flat")
@@ -99,17 +98,15 @@ def _compare(overrides: tuple[str, ...], vocab_size: int) -> Comparison:
         watch.is_update = False
         engine.train_step(jobs.microbatches(step, config, engine.groups), config.optimizer.lr)
     watch.after_steps()
-    coordinates, dp_size = engine.groups.coordinates, engine.groups.grid.data
+    coordinates, grid = engine.groups.coordinates, engine.groups.grid
     jobs.finish(engine)
-    predicted = _predict(config, vocab_size, dp_size, coordinates.pipeline)
-    return Comparison(numel, coordinates, dp_size, watch.found, predicted)
+    predicted = _predict(RankView(config, vocab_size, grid, coordinates.pipeline))
+    return Comparison(numel, coordinates, grid.data, watch.found, predicted)
 
 
-def _predict(config: Config, vocab_size: int, dp_size: int, stage_index: int) -> dict[str, int]:
-    memory = rank_memory(config, vocab_size, dp_size, stage_index)
-    stage = pipeline_stages(config.model.num_layers, config.parallel)[stage_index]
-    shapes = stage_parameters(config.model, stage, vocab_size, config.parallel.tensor)
-    at_update = update_gradients(config, shapes, dp_size)
+def _predict(view: RankView) -> dict[str, int]:
+    memory = rank_memory(view)
+    at_update = update_gradients(view.config, view.held, view.dp_size)
     return {kind: getattr(memory, kind, at_update) for kind in KINDS}
 
 

@@ -16,13 +16,14 @@ from distllm.config import compose
 from distllm.config.schema import Config, Model
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine, StepResult
-from distllm.engine.pipeline import Microbatch
+from distllm.engine.microbatch import Microbatch
 from distllm.engine.replicated import ReplicatedEngine
 from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Grid
 from distllm.layout.groups import Groups, create_groups, destroy_groups
 from distllm.layout.place import Box
 from distllm.model.build import build_model
+from distllm.objectives import create_objective
 
 VOCAB_SIZE = 300
 
@@ -88,12 +89,10 @@ def microbatches(step: int, config: Config, groups: Groups) -> list[Microbatch]:
 
 def build_engine(config: Config, vocab_size: int = VOCAB_SIZE) -> Engine:
     """Model and engine of a config in a world that is started; `finish` undoes it."""
-    grid = Grid.from_world_size(
-        torch.distributed.get_world_size(), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
-    )
+    grid = Grid.of(config.parallel, torch.distributed.get_world_size())
     groups = create_groups(grid, timedelta(seconds=60), config.parallel.virtual_pipeline)
     built = build_model(config, vocab_size, groups, torch.device("cpu"), _never)
-    return create_engine(built.chunks, built.places, config, groups)
+    return create_engine(built.chunks, built.places, config, groups, create_objective(config))
 
 
 def _never(problem: str) -> None:

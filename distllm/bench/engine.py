@@ -12,10 +12,11 @@ import torch
 from distllm.config.schema import Config
 from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
-from distllm.engine.pipeline import Microbatch
+from distllm.engine.microbatch import Microbatch
 from distllm.layout.grid import Grid
 from distllm.layout.groups import create_groups, destroy_groups
 from distllm.model.build import build_model
+from distllm.objectives import create_objective
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
 
@@ -38,14 +39,12 @@ def world(config: Config, vocab_size: int) -> Iterator[World]:
     runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds), config.parallel.tensor)
     succeeded = False
     try:
-        grid = Grid.from_world_size(
-            runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
-        )
+        grid = Grid.of(config.parallel, runtime.world_size)
         groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
 
         def build(config: Config) -> Engine:
             built = build_model(config, vocab_size, groups, runtime.device)
-            return create_engine(built.chunks, built.places, config, groups)
+            return create_engine(built.chunks, built.places, config, groups, create_objective(config))
 
         data_rank = groups.coordinates.data
         yield World(runtime, build, random_microbatches(config, vocab_size, grid, data_rank, runtime.device))

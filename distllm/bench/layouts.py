@@ -121,18 +121,20 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
     import torch.distributed as dist
 
     from distllm.engine.create import create_engine
-    from distllm.engine.pipeline import Microbatch
+    from distllm.engine.microbatch import Microbatch
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups, destroy_groups
     from distllm.model.build import build_model
+    from distllm.objectives import create_objective
     from distllm.plan.communication import rank_traffic
+    from distllm.plan.rank_view import RankView
     from distllm.runtime.collective_counter import CollectiveCounter
 
     parallel, train = config.parallel, config.train
-    grid = Grid.from_world_size(dist.get_world_size(), tensor=parallel.tensor, pipeline=parallel.pipeline)
+    grid = Grid.of(parallel, dist.get_world_size())
     groups = create_groups(grid, timedelta(seconds=300), parallel.virtual_pipeline)
     built = build_model(config, vocab_size, groups, torch.device("cpu"))
-    engine = create_engine(built.chunks, built.places, config, groups)
+    engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
     generator = torch.Generator().manual_seed(groups.coordinates.data)
     shape = (train.micro_batch_size, config.model.seq_length + 1)
     number = train.global_batch_size // (train.micro_batch_size * grid.data)
@@ -145,7 +147,9 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
         seconds.append(time.perf_counter() - begin)
     with CollectiveCounter(groups) as counter:
         engine.train_step(batch, config.optimizer.lr)
-    predicted = rank_traffic(config, vocab_size, grid.data, groups.coordinates.pipeline, has_weights=False)
+    predicted = rank_traffic(
+        RankView(config, vocab_size, grid, groups.coordinates.pipeline), has_weights=False
+    )
     destroy_groups()
     return Measured(seconds[WARMUP_STEPS:], dict(counter.traffic()), predicted)
 

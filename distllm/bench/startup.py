@@ -118,6 +118,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     from distllm.layout.groups import create_groups, destroy_groups
     from distllm.layout.save_groups import create_save_groups
     from distllm.model.build import build_model
+    from distllm.objectives import create_objective
     from distllm.runtime import dist
     from distllm.runtime.collective_counter import CollectiveCounter
     from distllm.trainer.batches import Batches
@@ -142,9 +143,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
         data = open_data(config, prepared, lambda _: None)
     with phase("rendezvous"):
         runtime = dist.start(timedelta(seconds=600))
-    grid = Grid.from_world_size(
-        runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
-    )
+    grid = Grid.of(config.parallel, runtime.world_size)
     with counter, phase("agree on config and start"):
         dist.assert_equal_on_all_ranks("config", config_hash(config))
         start = find_start(config, prepared, data)
@@ -153,9 +152,11 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
         save_groups = create_save_groups(grid, runtime.timeout)
     with counter, phase("build model and engine"):
         built = build_model(config, prepared.vocab_size, groups, runtime.device)
-        engine = create_engine(built.chunks, built.places, config, groups)
+        engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
     shape = StepShape(config.train.global_batch_size, config.train.micro_batch_size, grid.data)
-    feed = Batches(data.training, shape, groups.coordinates.data, runtime.device, prefetch=0)
+    feed = Batches(
+        data.training, shape, groups.samples.rank, create_objective(config), runtime.device, prefetch=0
+    )
     with phase("first step"):  # its traffic is training's
         state = start.state.planned(config.train.global_batch_size, config.data.weights_at(0))
         engine.train_step(feed.microbatches(state), config.optimizer.lr)

@@ -22,7 +22,7 @@ from distllm.bench.timing import PeakMemory, measured_peak_flops, over_ranks, re
 from distllm.config.schema import Config
 from distllm.engine.phases import Timings
 from distllm.metrics.format import block, bytes_, count, plural, rate
-from distllm.model.size import count_parameters, flops_per_token
+from distllm.model.parameters import count_parameters, flops_per_token
 from distllm.runtime.devices import peak_flops
 
 

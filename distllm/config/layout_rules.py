@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from distllm.config.axes import degrees, fixed_degrees, ranks_of_a_replica
 from distllm.config.problems import Problem
+from distllm.config.registry import OPTIMIZERS
 from distllm.config.schema import Config
 from distllm.config.stage_rules import (
     chunks_fill_the_stages,
@@ -23,9 +25,9 @@ Rule = Callable[[Config, int], Iterator[Problem]]
 
 
 def data_parallel_size(config: Config, world_size: int) -> int | None:
-    """Data-parallel ranks; None where tensor and pipeline parallelism do not fit into the world."""
-    degree = config.parallel.tensor * config.parallel.pipeline
-    return None if world_size % degree else world_size // degree
+    """Data-parallel ranks; None where the other axes do not fit into the world."""
+    found = degrees(config.parallel, world_size)
+    return found["data"] if found else None
 
 
 def num_microbatches(config: Config, world_size: int) -> int | None:
@@ -37,9 +39,10 @@ def num_microbatches(config: Config, world_size: int) -> int | None:
 
 
 def world_size_fits(config: Config, world_size: int) -> Iterator[Problem]:
-    degree = config.parallel.tensor * config.parallel.pipeline
+    degree = ranks_of_a_replica(config.parallel)
     if world_size % degree:
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {degree}"
+        names = " x ".join(f"parallel.{axis}" for axis in reversed(fixed_degrees(config.parallel)))
+        rule = f"must be a multiple of {names} = {degree}"
         fix = f"start {max(world_size // degree, 1) * degree} processes, or make these degrees smaller"
         yield Problem("world size", world_size, rule, fix)
 
@@ -113,6 +116,7 @@ def microbatches_fill_the_chunks(config: Config, world_size: int) -> Iterator[Pr
 
 
 def zero_has_what_is_asked(config: Config, _: int) -> Iterator[Problem]:
+    yield from OPTIMIZERS[config.optimizer.kind].problems(config)
     if config.zero.stage == 0 and config.zero.offload_optimizer:
         rule = "must be false for zero.stage=0, which keeps optimizer states whole, on the device"
         fix = "zero.offload_optimizer=false, or zero.stage=1"

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from distllm.config import data_rules
 from distllm.config.layout_rules import LAYOUT_RULES, Rule
 from distllm.config.problems import Problem
 from distllm.config.profile import profiled_steps
+from distllm.config.registry import FAMILIES
 from distllm.config.schema import Config
 
 OLDEST_TORCH = (2, 11)
@@ -88,33 +90,11 @@ def _collect(rules: Sequence[Rule], config: Config, world_size: int) -> list[Pro
     return problems
 
 
-def _attention_heads(config: Config, _: int) -> Iterator[Problem]:
-    model = config.model
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        unit = model.num_attention_heads * (2 if model.position_embedding == "rope" else 1)
-        nearest = max(model.hidden_size // unit, 1) * unit
-        rule = f"must be a multiple of model.num_attention_heads={model.num_attention_heads}"
-        fix = f"model.hidden_size={nearest}, or give model.head_dim"
-        yield Problem("model.hidden_size", model.hidden_size, rule, fix)
-
-
-def _query_groups(config: Config, _: int) -> Iterator[Problem]:
-    heads, groups = config.model.num_attention_heads, config.model.num_query_groups
-    if heads % groups:
-        nearest = max(divisor for divisor in range(1, min(heads, groups) + 1) if heads % divisor == 0)
-        rule = f"must divide model.num_attention_heads={heads}"
-        yield Problem("model.num_query_groups", groups, rule, f"model.num_query_groups={nearest}")
-
-
-def _rotary_width(config: Config, _: int) -> Iterator[Problem]:
-    model = config.model
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        return  # _attention_heads speaks of that
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    if model.position_embedding == "rope" and head_dim % 2:
-        rule = "must be even: rotary positions turn pairs of dimensions"
-        fix = f"model.head_dim={head_dim + 1}, or model.position_embedding=learned"
-        yield Problem("model.head_dim", head_dim, rule, fix)
+def _model_family(config: Config, _: int) -> Iterator[Problem]:
+    """The rules of the family, each for itself."""
+    for rule in FAMILIES[config.model.family].rules:
+        with suppress(UnknownSetting):
+            yield from rule(config.model)
 
 
 def _schedule_decay(config: Config, _: int) -> Iterator[Problem]:
@@ -315,7 +295,7 @@ _DATA_RULES: tuple[Rule, ...] = (
     _vocabulary,
     _special_tokens,
 )
-_MODEL_RULES: tuple[Rule, ...] = (_attention_heads, _query_groups, _rotary_width)
+_MODEL_RULES: tuple[Rule, ...] = (_model_family,)
 _TRAIN_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
     *_MODEL_RULES,

@@ -6,6 +6,7 @@ settings stand here, beside their types; rules that join several settings stand 
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -21,6 +22,7 @@ from distllm.config.data_schema import (
     Sequences,
 )
 from distllm.config.data_schema import Source as Source  # part of `Data`
+from distllm.config.registry import FAMILIES, OBJECTIVES, OPTIMIZERS
 
 # For `dataclasses.replace`, which knows fields by name; what users write is read by alias only (validate.py).
 BY_NAME_TOO = ConfigDict(**STRICT, validate_by_alias=True, validate_by_name=True)
@@ -41,6 +43,7 @@ class Model:
     """Shape of the transformer; the vocabulary comes from the tokenizer.
 
     name: what summaries call it.
+    family: one of `distllm/model/families`, which says parameters, layer and form in Hugging Face's library.
     head_dim: width of one head; None means hidden_size / num_attention_heads.
     seq_length: tokens per training sequence.
     init_std: standard deviation of the normal initialisation; projections back into the residual stream
@@ -66,6 +69,7 @@ class Model:
     tie_embeddings: bool
     init_std: PositiveFloat
     vocab_multiple: PositiveInt
+    family: Annotated[str, FAMILIES.choice()] = "llama"
 
     @property
     def resolved_head_dim(self) -> int:
@@ -106,14 +110,14 @@ class Parallel:
         shared out, so that the first, the last stage gets one less.
     """
 
-    tensor: PositiveInt
-    sequence: bool
-    pipeline: PositiveInt
-    virtual_pipeline: PositiveInt
-    first_stage_layers: PositiveInt | None
-    last_stage_layers: PositiveInt | None
-    embedding_as_layer: bool
-    loss_as_layer: bool
+    tensor: PositiveInt = 1
+    sequence: bool = False
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1
+    first_stage_layers: PositiveInt | None = None
+    last_stage_layers: PositiveInt | None = None
+    embedding_as_layer: bool = False
+    loss_as_layer: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -149,8 +153,9 @@ class Zero:
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); norms and biases are never decayed.
+    """What updates the weights; norms and biases are never decayed.
 
+    kind: which of `distllm/optimizers`; `adamw` is Loshchilov & Hutter 2019, arXiv:1711.05101.
     lr: peak learning rate. clip_grad: largest global gradient norm; 0 means no clipping.
     """
 
@@ -159,6 +164,17 @@ class Optimizer:
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
     epsilon: PositiveFloat
     clip_grad: NonNegativeFloat
+    kind: Annotated[str, OPTIMIZERS.choice()] = "adamw"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Objective:
+    """What is trained for.
+
+    kind: which of `distllm/objectives`; `pretrain` is the cross-entropy of the next token.
+    """
+
+    kind: Annotated[str, OBJECTIVES.choice()] = "pretrain"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -362,3 +378,4 @@ class Config:
     import_: Annotated[Import, Field(alias="import")]
     select: Select
     bench: Bench
+    objective: Objective = field(default_factory=Objective)

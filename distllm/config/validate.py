@@ -155,6 +155,8 @@ def _what_is_known(values: dict[str, Any], problems: list[Problem]) -> Config:
         bad = {setting.split(".")[1] for setting in problematic if setting.startswith(f"{section}.")}
         # What the schema makes a dataclass of (a mixture's sources) is still a dict here.
         sound = {str(k): v for k, v in content.items() if k not in bad and not _holds_dicts(v)}
+        defaults = {f.name: f.default for f in dataclasses.fields(SECTIONS[section]) if f.name not in bad}
+        sound = {k: v for k, v in defaults.items() if v is not dataclasses.MISSING} | sound
         sections[FIELDS[section]] = rules.Known(**sound)
     return cast(Config, rules.Known(**sections))
 

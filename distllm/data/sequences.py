@@ -27,13 +27,13 @@ FORMAT_VERSION = 1  # of packings in the cache
 class Samples:
     """Sequences as a model takes them; inputs are all tokens but the last, labels all but the first.
 
-    tokens: int64 [n, seq + 1]. weights: float32 [n, seq] of the labels, 0 for padding and for a label that
-    its document does not lead to; None means that all count. document_starts: int32 [documents + 1], where
-    in the flattened [n * seq] inputs each document begins, and the end; None without a document mask.
+    tokens: int64 [n, seq + 1]. loss_weights: float32 [n, seq] of the labels, 0 for padding and for a label
+    that its document does not lead to; None means that all count. document_starts: int32 [documents + 1],
+    where in the flattened [n * seq] inputs each document begins, and the end; None without a document mask.
     """
 
     tokens: np.ndarray
-    weights: np.ndarray | None = None
+    loss_weights: np.ndarray | None = None
     document_starts: np.ndarray | None = None
 
 
@@ -69,8 +69,8 @@ class Sequences(ABC):
         """sequences: [n] numbers below num_sequences."""
         return gather([(self, sequence) for sequence in sequences.tolist()])
 
-    def fill(self, sequence: int, tokens: np.ndarray, weights: np.ndarray | None) -> list[int]:
-        """Write a sequence into `tokens` [seq + 1] and `weights` [seq], which are all padding and all 1.
+    def fill(self, sequence: int, tokens: np.ndarray, loss_weights: np.ndarray | None) -> list[int]:
+        """Write a sequence into `tokens` [seq + 1] and `loss_weights` [seq], which are all padding and all 1.
 
         Returns at which inputs documents begin; padding counts as a document of its own.
         """
@@ -80,11 +80,11 @@ class Sequences(ABC):
             begins.append(end)
             end += part.stop - part.start
             tokens[begins[-1] : end] = self.stream.read(part.start, part.stop)
-        if weights is not None:
-            weights[end - 1 :] = 0  # labels from `end` on are padding
+        if loss_weights is not None:
+            loss_weights[end - 1 :] = 0  # labels from `end` on are padding
             if self.document_mask:
                 # What a document begins with follows from nothing within it.
-                weights[[begin - 1 for begin in begins[1:]]] = 0
+                loss_weights[[begin - 1 for begin in begins[1:]]] = 0
         return [begin for begin in (*begins, end) if begin < self.seq_length]
 
     def _cut(self, span: Span) -> list[Span]:
@@ -136,13 +136,13 @@ def gather(rows: list[tuple[Sequences, int]]) -> Samples:
     first = rows[0][0]
     tokens = np.full((len(rows), first.seq_length + 1), first.padding, np.int64)
     is_weighed = first.holds_padding or first.document_mask
-    weights = np.ones((len(rows), first.seq_length), np.float32) if is_weighed else None
+    loss_weights = np.ones((len(rows), first.seq_length), np.float32) if is_weighed else None
     starts: list[int] = []
     for row, (sequences, number) in enumerate(rows):
-        begins = sequences.fill(number, tokens[row], None if weights is None else weights[row])
+        begins = sequences.fill(number, tokens[row], None if loss_weights is None else loss_weights[row])
         starts += [row * first.seq_length + begin for begin in begins]
     starts.append(len(rows) * first.seq_length)
-    return Samples(tokens, weights, np.array(starts, np.int32) if first.document_mask else None)
+    return Samples(tokens, loss_weights, np.array(starts, np.int32) if first.document_mask else None)
 
 
 def open_sequences(

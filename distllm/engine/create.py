@@ -8,18 +8,23 @@ from torch import nn
 
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine
+from distllm.engine.objective import Objective
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
 
 
 def create_engine(
-    chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], config: Config, groups: Groups
+    chunks: Sequence[nn.Module],
+    places: dict[nn.Parameter, Place],
+    config: Config,
+    groups: Groups,
+    objective: Objective,
 ) -> Engine:
     """Stage 0 needs nothing of DeepSpeed, whose import takes a second; stages 1 to 3 are DeepSpeed's."""
     if config.zero.stage == 0:
         from distllm.engine.replicated import ReplicatedEngine
 
-        return ReplicatedEngine(chunks, places, config, groups)
+        return ReplicatedEngine(chunks, places, config, groups, objective)
     from distllm.engine.zero import ZeroEngine
 
-    return ZeroEngine(chunks, places, config, groups)
+    return ZeroEngine(chunks, places, config, groups, objective)

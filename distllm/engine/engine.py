@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distllm.engine.gradient_watch import GradientWatch
+from distllm.engine.microbatch import Microbatch
+from distllm.engine.objective import Objective
 from distllm.engine.phases import Phases
-from distllm.engine.pipeline import Microbatch, all_logits, loss_sums, train_loss
+from distllm.engine.pipeline import all_logits, loss_sums, train_loss
 from distllm.engine.tied import copy_from_first_stage
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
@@ -103,11 +105,16 @@ class Engine(ABC):
     is_split: bool
 
     def __init__(
-        self, chunks: Sequence[nn.Module], places: dict[nn.Parameter, Place], groups: Groups
+        self,
+        chunks: Sequence[nn.Module],
+        places: dict[nn.Parameter, Place],
+        groups: Groups,
+        objective: Objective,
     ) -> None:
         self.chunks = chunks
         self.places = places
         self.groups = groups
+        self.objective = objective
         self.device = next(iter(places)).device
         self.gradient_watch = GradientWatch(places)
         self.phases = Phases(self.device)
@@ -126,11 +133,11 @@ class Engine(ABC):
         """
         self.gradient_watch.begin_step()
         self._begin_step(len(microbatches))
-        local_loss = train_loss(self.chunks, microbatches, self.groups, self.phases)
+        local_loss = train_loss(self.chunks, microbatches, self.groups, self.objective, self.phases)
         self.gradient_watch.local_loss = local_loss
         with self.phases.phase("optimizer"):
             combined = self._combine(local_loss, wants_stop)
-            gate = StepGate(combined, self.groups.grid.data, limits)
+            gate = StepGate(combined, self.groups.loss.size, limits)
             self._optimizer_step(learning_rate, gate)
         return gate.result
 
@@ -139,16 +146,16 @@ class Engine(ABC):
         # Filled on the device: a copy from the host would wait for it.
         stop = torch.full_like(local_loss, float(wants_stop), dtype=torch.float32)
         combined = torch.stack([local_loss.float(), stop])
-        dist.all_reduce(combined, group=self.groups.data)
+        dist.all_reduce(combined, group=self.groups.loss.group)
         dist.all_reduce(combined[1:], group=self.groups.model)
         return combined
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """[sum of losses in nats, number of labels] of all ranks' microbatches, by their weights."""
         self._set_training(False)
-        sums = loss_sums(self.chunks, microbatches, self.groups)
+        sums = loss_sums(self.chunks, microbatches, self.groups, self.objective)
         self._set_training(True)
-        dist.all_reduce(sums, group=self.groups.data)
+        dist.all_reduce(sums, group=self.groups.loss.group)
         return sums
 
     def logits(self, tokens: Tensor, vocab_size: int, document_starts: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ with them it is 1F1B, with several chunks per stage interleaved 1F1B.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,69 +16,33 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from distllm.config.stages import microbatch_group_size
+from distllm.engine.microbatch import Microbatch
+from distllm.engine.objective import Objective
 from distllm.engine.phases import Phases
 from distllm.layout.groups import Groups
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """Sequences of one forward pass on one rank.
-
-    tokens: [micro_batch, seq + 1] integers; inputs are all but the last, labels all but the first.
-    weights: [micro_batch, seq] of each label in sums over tokens, not below 0; None means all count.
-    document_starts: [num_documents + 1] int32 on the device of the tokens, rising from 0 to micro_batch *
-    seq: where documents begin in the inputs, sequence after sequence. Attention and positions start anew in
-    each. Every sequence begins one. None means that a sequence is one document.
-    """
-
-    tokens: Tensor
-    weights: Tensor | None = None
-    document_starts: Tensor | None = None
-
-    @property
-    def inputs(self) -> Tensor:
-        return self.tokens[:, :-1].contiguous()
-
-    @property
-    def labels(self) -> Tensor:
-        return self.tokens[:, 1:].contiguous()
-
-    @property
-    def positions(self) -> Tensor:
-        """[micro_batch, seq], for learned embeddings.
-
-        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good,
-        up to rounding: scores depend on differences of positions, equal inside a document.
-        """
-        batch, seq = self.tokens.size(0), self.tokens.size(1) - 1
-        if self.document_starts is None:
-            return torch.arange(seq, device=self.tokens.device).expand(batch, seq)
-        starts = self.document_starts.long()
-        flat = torch.arange(batch * seq, device=self.tokens.device)
-        document = torch.searchsorted(starts, flat, right=True) - 1
-        return (flat - starts[document]).view(batch, seq)
-
-
 def train_loss(
-    chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups, phases: Phases
+    chunks: Sequence[nn.Module],
+    microbatches: Sequence[Microbatch],
+    groups: Groups,
+    objective: Objective,
+    phases: Phases,
 ) -> Tensor:
-    """Forward and backward over all microbatches; gradients are those of the mean loss over them.
+    """Forward and backward over all microbatches; gradients are those of the mean of their losses.
 
-    With weights it is sum(weight * loss) / sum(weight) over the global batch, whose mean over the
-    data-parallel ranks is taken elsewhere. Where all weights are 0, loss and gradients are 0 (and the update
-    is by decay and momentum only). Either all microbatches of all ranks have weights or none.
-
-    Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss in nats
-    over this data-parallel rank's microbatches (with weights: its part, such that the mean over the ranks is
-    the loss), on every stage.
+    Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss over this
+    data-parallel rank's microbatches, such that the mean over the ranks is the loss of the step; on every
+    stage.
     """
     with phases.phase("forward"):
-        microbatches = _normalize_weights(microbatches, groups)
+        microbatches = objective.prepare(microbatches, groups)
 
-    def weighted(loss: Tensor, _: Microbatch) -> tuple[Tensor, Tensor]:
+    def reduce(output: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        loss = objective.loss(output, batch)
         return loss, loss.detach().clone()  # Megatron divides the first in place
 
-    forward_step = _loss_step(weighted, is_weighted=True)
+    forward_step = _loss_step(reduce, objective.loss_weights)
     losses = _run(forward_step, chunks, microbatches, groups, forward_only=False, phases=phases)
     mean_loss = (
         torch.stack(losses).mean() if losses else microbatches[0].tokens.new_zeros((), dtype=torch.float32)
@@ -89,33 +53,17 @@ def train_loss(
         return from_last_stage(mean_loss, groups)
 
 
-def _normalize_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
-    """Weights whose sums, in the mean over microbatches and data-parallel ranks, are 1 for the global batch;
-    all 0 if they were. Waits for no device."""
-    weights = [batch.weights for batch in microbatches if batch.weights is not None]
-    if not weights:
-        labels = microbatches[0].labels
-        even = torch.full(labels.shape, 1 / labels.numel(), device=labels.device)
-        return [replace(batch, weights=even) for batch in microbatches]
-    assert len(weights) == len(microbatches), "only some microbatches have weights"
-    total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
-    dist.all_reduce(total, group=groups.data)
-    # Not `where` with a number, which is copied to the device, and that waits for the device.
-    scale = (len(microbatches) * groups.grid.data / total).masked_fill(total <= 0, 0.0).float()
-    return [replace(batch, weights=w.float() * scale) for batch, w in zip(microbatches, weights, strict=True)]
-
-
 @torch.no_grad()
-def loss_sums(chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups) -> Tensor:
+def loss_sums(
+    chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups, objective: Objective
+) -> Tensor:
     """Forward only: [sum of weight * loss, sum of weights] over this rank's microbatches, in fp64."""
 
     def sums(losses: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        weights = batch.weights if batch.weights is not None else torch.ones_like(losses)
-        both = torch.stack([(losses.double() * weights).sum(), weights.double().sum()])
-        return losses.mean(), both
+        return losses.mean(), objective.validation_sums(losses, batch)
 
     missing = _least_number_of_microbatches(groups) - len(microbatches)
-    nothing = replace(microbatches[-1], weights=torch.zeros_like(microbatches[-1].labels))
+    nothing = replace(microbatches[-1], loss_weights=torch.zeros_like(microbatches[-1].labels))
     padded = [*microbatches, *(nothing for _ in range(missing))]
     results = _run(_loss_step(sums), chunks, padded, groups, forward_only=True)
     total = (
@@ -169,11 +117,12 @@ def from_last_stage(value: Tensor, groups: Groups) -> Tensor:
 
 
 def _loss_step(
-    reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]], is_weighted: bool = False
+    reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]],
+    loss_weights: Callable[[Microbatch], Tensor | None] = lambda _: None,
 ) -> Callable[..., Any]:
-    """Megatron's forward step: run a chunk, and say how the last one's losses become a number.
+    """Megatron's forward step: run a chunk, and say how the last one's output becomes a number.
 
-    is_weighted: the last chunk sums them up by the microbatch's weights, which is what has gradients.
+    loss_weights: by which the last chunk sums up the losses of a microbatch's tokens; None: it gives all.
     """
 
     def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -183,9 +132,9 @@ def _loss_step(
             batch.positions,
             batch.document_starts,
             labels=batch.labels,
-            loss_mask=batch.weights if is_weighted else None,
+            loss_mask=loss_weights(batch),
         )
-        return output, lambda losses: reduce(losses, batch)
+        return output, lambda output: reduce(output, batch)
 
     return forward_step
 

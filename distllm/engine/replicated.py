@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine, StepGate
-from distllm.engine.optimizer import create_adamw
+from distllm.engine.objective import Objective
+from distllm.engine.optimizer import create_optimizer
 from distllm.engine.reduction import GradientReduction
 from distllm.engine.tied import tied_copy
 from distllm.layout.fragment import Fragment
@@ -36,11 +37,12 @@ class ReplicatedEngine(Engine):
         places: dict[nn.Parameter, Place],
         config: Config,
         groups: Groups,
+        objective: Objective,
     ) -> None:
-        super().__init__(chunks, places, groups)
+        super().__init__(chunks, places, groups, objective)
         self.clip_grad = config.optimizer.clip_grad
         self.masters = _create_masters(places)
-        self.optimizer = create_adamw(places, self.masters, config.optimizer)
+        self.optimizer = create_optimizer(places, self.masters, config.optimizer)
         self.tied = tied_copy(places, groups, config.model.tie_embeddings)
         dtype = DTYPES[config.train.gradient_accumulation]
         self.flat_gradient = torch.zeros(sum(p.numel() for p in places), dtype=dtype, device=self.device)
@@ -48,8 +50,9 @@ class ReplicatedEngine(Engine):
         self.gradients = {
             p: self.flat_gradient[where.start : where.stop].view_as(p) for p, where in ranges.items()
         }
+        reducing = groups.gradient(next(iter(places.values())))  # the same ranks for all parameters
         self.reduction = GradientReduction(
-            self.flat_gradient, ranges, config.zero.bucket_size, groups.data, config.zero.overlap_comm
+            self.flat_gradient, ranges, config.zero.bucket_size, reducing.group, config.zero.overlap_comm
         )
         self.without_gradient: set[nn.Parameter] = set()
         for parameter in places:
@@ -99,7 +102,7 @@ class ReplicatedEngine(Engine):
         counted = [self.gradients[p] for p, place in self.places.items() if place.primary]
         norms = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)) if counted else torch.zeros(1)
         squares = norms.to(self.device).square().sum()
-        dist.all_reduce(squares, group=self.groups.model)
+        dist.all_reduce(squares, group=self.groups.norm)
         return squares.sqrt()
 
     @torch.no_grad()
@@ -110,7 +113,8 @@ class ReplicatedEngine(Engine):
 
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
         fragments = []
-        written_numel = [0] * self.groups.grid.data  # replicas share the writing: each next one to the idlest
+        # Replicas share the writing: each next parameter goes to the idlest.
+        written_numel = [0] * self.groups.samples.size
         for parameter, place in self.places.items():
             master = self.masters[parameter]
             state = self.optimizer.state[master]
@@ -128,7 +132,7 @@ class ReplicatedEngine(Engine):
                     0,
                     master.numel(),
                     {name: tensor.view(-1) for name, tensor in tensors.items()},
-                    writer=place.primary and writer_rank == self.groups.coordinates.data,
+                    writer=place.primary and writer_rank == self.groups.samples.rank,
                 )
             )
         return fragments
@@ -143,9 +147,9 @@ class ReplicatedEngine(Engine):
         }
 
     def scalars(self) -> dict[str, float]:
-        steps = {float(state["step"]) for state in self.optimizer.state.values()}
+        steps = {float(state["step"]) for state in self.optimizer.state.values() if "step" in state}
         assert len(steps) <= 1, f"the optimizer counts different steps for different parameters: {steps}"
-        return {"step": steps.pop() if steps else 0.0}
+        return {"step": steps.pop()} if steps else {}
 
     def after_load(self, scalars: Mapping[str, float]) -> None:
         if "step" in scalars:

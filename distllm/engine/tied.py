@@ -11,9 +11,8 @@ from torch import nn
 
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
+from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.layout.place import Place
-
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def tied_copy(places: Mapping[nn.Parameter, Place], groups: Groups, is_tied: bool) -> nn.Parameter | None:
@@ -23,7 +22,7 @@ def tied_copy(places: Mapping[nn.Parameter, Place], groups: Groups, is_tied: boo
     """
     if not is_tied or groups.grid.pipeline == 1 or groups.embedding is None:
         return None
-    return next(parameter for parameter, place in places.items() if place.name == EMBEDDING)
+    return next(parameter for parameter, place in places.items() if place.name == WORD_EMBEDDINGS)
 
 
 def copy_from_first_stage(
@@ -51,7 +50,7 @@ def copy_from_first_stage(
         for fragment in fragments:
             whole[fragment.start : fragment.stop] = fragment.tensors[state]
         if is_split:
-            dist.all_reduce(whole, group=groups.data)
+            dist.all_reduce(whole, group=groups.gradient(place).group)
         dist.broadcast(whole, src=first_rank, group=groups.embedding)
         if groups.is_last_stage:
             for fragment in fragments:

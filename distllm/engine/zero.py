@@ -27,7 +27,8 @@ from distllm.engine.deepspeed_quirks import (
     set_tied_gradient,
 )
 from distllm.engine.engine import Engine, StepGate
-from distllm.engine.optimizer import create_adamw
+from distllm.engine.objective import Objective
+from distllm.engine.optimizer import create_optimizer
 from distllm.engine.tied import tied_copy
 from distllm.engine.zero_state import refresh_working_weights, state_owners, zero_fragments
 from distllm.layout.fragment import Fragment
@@ -46,15 +47,16 @@ class ZeroEngine(Engine):
         places: dict[nn.Parameter, Place],
         config: Config,
         groups: Groups,
+        objective: Objective,
     ) -> None:
         quieten()
         mask_norms_on_the_device()
         self.stage: int = config.zero.stage
         self.is_offloaded = config.zero.offload_optimizer
         self.tied = tied_copy(places, groups, config.model.tie_embeddings)
-        optimizer = create_adamw(places, {p: p for p in places}, config.optimizer)
+        optimizer = create_optimizer(places, {p: p for p in places}, config.optimizer)
         stages = [_Stage(self, index, chunk) for index, chunk in enumerate(chunks)]
-        super().__init__(stages, places, groups)
+        super().__init__(stages, places, groups, objective)
         self.deepspeed, self.zero_optimizer, _, _ = deepspeed.initialize(
             model=_Chunks(chunks),
             optimizer=optimizer,
@@ -153,7 +155,7 @@ class ZeroEngine(Engine):
     def scalars(self) -> dict[str, float]:
         steps = {float(state["step"]) for _, state in state_owners(self.zero_optimizer) if "step" in state}
         assert len(steps) <= 1, f"the optimizer counts different steps for different partitions: {steps}"
-        return {"step": steps.pop() if steps else 0.0}
+        return {"step": steps.pop()} if steps else {}
 
     def after_load(self, scalars: Mapping[str, float]) -> None:
         if "step" in scalars:
@@ -188,7 +190,8 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
         "gradient_clipping": config.optimizer.clip_grad,
         "steps_per_print": None,
         "zero_optimization": section,
-        "zero_force_ds_cpu_optimizer": False,  # our AdamW runs where the states are
+        "zero_force_ds_cpu_optimizer": False,  # our optimizer runs where the states are
+        "zero_allow_untested_optimizer": True,  # any that updates element by element is as good to ZeRO
         # It synchronizes with the device at each forward pass, for a rate that nobody reads.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }

@@ -1,11 +1,11 @@
 """The rank grid: which rank does what. Pure arithmetic, no process group, no torch.
 
-Ranks are one array with the axes [pipeline, data, tensor], tensor fastest: neighbours in number share a
-layer, because they talk most and sit on one node. Every process group is a slice of that array.
+Ranks are one array whose axes are AXES, the last one fastest. Every process group is a slice of that array.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +14,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distllm.config.axes import AXES, degrees
+from distllm.config.schema import Parallel
+
 Ranks = NDArray[np.int64]
 
 
 class Coordinates(NamedTuple):
-    """Place of one rank on each axis of the grid."""
+    """Place of one rank on each axis of the grid, in the order of AXES."""
 
     pipeline: int
     data: int
     tensor: int
+
+    def of(self, axis: str) -> int:
+        return self[AXES.index(axis)]
 
 
 @dataclass(frozen=True)
@@ -34,24 +40,28 @@ class Grid:
     pipeline: int = 1
 
     def __post_init__(self) -> None:
-        assert min(self.data, self.tensor, self.pipeline) >= 1, f"degrees must be at least 1: {self!r}"
+        assert min(self.degrees.values()) >= 1, f"degrees must be at least 1: {self!r}"
 
     @classmethod
-    def from_world_size(cls, world_size: int, *, tensor: int = 1, pipeline: int = 1) -> Grid:
-        """Data parallelism is what tensor and pipeline parallelism leave of the world."""
-        assert world_size % (tensor * pipeline) == 0, (
-            f"world size {world_size} is no multiple of tensor {tensor} x pipeline {pipeline}"
-        )
-        return cls(data=world_size // (tensor * pipeline), tensor=tensor, pipeline=pipeline)
+    def of(cls, parallel: Parallel, world_size: int) -> Grid:
+        """The grid of these settings; what they leave of the world is data parallelism."""
+        found = degrees(parallel, world_size)
+        assert found is not None, f"world size {world_size} is no multiple of {parallel}"
+        return cls(**found)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """By axis, in the order of AXES."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def world_size(self) -> int:
-        return self.data * self.tensor * self.pipeline
+        return math.prod(self.degrees.values())
 
     @cached_property
     def ranks(self) -> Ranks:
-        """All ranks, [pipeline, data, tensor]."""
-        return np.arange(self.world_size).reshape(self.pipeline, self.data, self.tensor)
+        """All ranks, an array with a dim for each of AXES."""
+        return np.arange(self.world_size).reshape(*self.degrees.values())
 
     def coordinates(self, rank: int) -> Coordinates:
         assert 0 <= rank < self.world_size, f"rank {rank} is not in a world of {self.world_size}"
@@ -60,27 +70,11 @@ class Grid:
     def rank(self, coordinates: Coordinates) -> int:
         return int(self.ranks[coordinates])
 
-    # Each of these is one group per row: [groups, ranks of the group].
-
-    @property
-    def tensor_groups(self) -> Ranks:
-        """Ranks that share a layer."""
-        return self.ranks.reshape(-1, self.tensor)
-
-    @property
-    def data_groups(self) -> Ranks:
-        """Ranks that hold the same part of the model."""
-        return np.moveaxis(self.ranks, 1, -1).reshape(-1, self.data)
-
-    @property
-    def pipeline_groups(self) -> Ranks:
-        """Ranks that pass activations to each other, first stage first."""
-        return np.moveaxis(self.ranks, 0, -1).reshape(-1, self.pipeline)
-
-    @property
-    def model_groups(self) -> Ranks:
-        """Ranks that together hold one copy of the model."""
-        return np.moveaxis(self.ranks, 1, 0).reshape(self.data, -1)
+    def groups(self, *axes: str) -> Ranks:
+        """[groups, ranks of the group]: ranks that differ on these axes only, in rising order."""
+        kept = [AXES.index(axis) for axis in AXES if axis in axes]
+        size = math.prod(self.ranks.shape[dim] for dim in kept)
+        return np.moveaxis(self.ranks, kept, range(-len(kept), 0)).reshape(-1, size)
 
     def __str__(self) -> str:
         """The grid drawn, one row per data-parallel replica and one column per stage; long axes are cut."""

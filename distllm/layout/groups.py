@@ -1,4 +1,8 @@
-"""Process groups from the grid. Made once, by Megatron Core, and handed to whoever needs them."""
+"""Process groups from the grid. Made once, by Megatron Core, and handed to whoever needs them.
+
+Who trains, reads data or saves asks for a role: what the ranks of a group do together. Only who handles an
+axis itself (pipeline schedules, tensor-parallel layers) asks for the group of the axis.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from distllm.layout.grid import Coordinates, Grid, Ranks
+from distllm.layout.place import Place
+
+
+@dataclass(frozen=True)
+class Role:
+    """The ranks that do something together. rank: the number of this one among them."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process groups.
+    """This rank's process groups by axis; below, its roles.
 
     data: same part of the model. tensor: same layers, other part of each. pipeline: other layers.
     model: all ranks of one copy of the model. embedding: first and last stage of a pipeline, None elsewhere.
@@ -31,6 +45,31 @@ class Groups:
     embedding: ProcessGroup | None
     num_chunks: int
     megatron: ProcessGroupCollection
+
+    @property
+    def samples(self) -> Role:
+        """The ranks of which each reads other samples."""
+        return Role(self.data, self.coordinates.data, self.grid.data)
+
+    @property
+    def loss(self) -> Role:
+        """The ranks over whose losses the mean is taken: each has other tokens of the global batch."""
+        return self.samples
+
+    def gradient(self, place: Place) -> Role:
+        """The ranks that hold the same part of a parameter: over them its gradient is reduced, among them
+        ZeRO partitions it, and one of them writes it to a checkpoint."""
+        return self.samples
+
+    @property
+    def norm(self) -> ProcessGroup:
+        """The ranks whose gradients are other elements of the model: over them a norm's square is summed."""
+        return self.model
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether this rank speaks for those that do the same on other parts or other samples."""
+        return self.coordinates.data == 0 and self.coordinates.tensor == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -83,10 +122,10 @@ def destroy_groups() -> None:
 def _assert_slices(groups: Groups) -> None:
     grid, rank = groups.grid, dist.get_rank()
     slices: list[tuple[str, ProcessGroup, Ranks]] = [
-        ("data", groups.data, grid.data_groups),
-        ("tensor", groups.tensor, grid.tensor_groups),
-        ("pipeline", groups.pipeline, grid.pipeline_groups),
-        ("model", groups.model, grid.model_groups),
+        ("data", groups.data, grid.groups("data")),
+        ("tensor", groups.tensor, grid.groups("tensor")),
+        ("pipeline", groups.pipeline, grid.groups("pipeline")),
+        ("model", groups.model, grid.groups("pipeline", "tensor")),
     ]
     for axis, group, rows in slices:
         expected = next(row.tolist() for row in rows if rank in row)

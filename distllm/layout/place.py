@@ -34,7 +34,7 @@ class Place:
     name: canonical, with the global layer number. global_shape: of the whole parameter; gated projections are
     seen as [2, ffn, hidden], so that tensor parallelism cuts one dim. local_shape, offsets: this rank's box.
     primary: among ranks with the same box and other model-parallel coordinates, the one that counts: it
-    writes the checkpoint and enters the gradient norm.
+    writes the checkpoint and enters the gradient norm. is_decayed: whether weight decay is for it.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Place:
     local_shape: Shape
     offsets: Shape
     primary: bool
+    is_decayed: bool = True
 
     def boxes(self, start: int, stop: int) -> list[Box]:
         """Boxes of the global tensor that flat elements [start, stop) of this part cover, in flat order."""

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from distllm.config.axes import AXES
 from distllm.layout.grid import Grid
 
 
@@ -25,7 +26,7 @@ def create_save_groups(grid: Grid, timeout: timedelta) -> SaveGroups:
     timeout: within which the slowest rank must have written its part after the fastest.
     """
     world = dist.new_group(backend="gloo", timeout=timeout)
-    stages = [
-        dist.new_group(ranks.reshape(-1).tolist(), backend="gloo", timeout=timeout) for ranks in grid.ranks
-    ]
+    # One row per stage: ranks that differ on any other axis.
+    rows = grid.groups(*(axis for axis in AXES if axis != "pipeline"))
+    stages = [dist.new_group(row.tolist(), backend="gloo", timeout=timeout) for row in rows]
     return SaveGroups(world, stages[grid.coordinates(dist.get_rank()).pipeline])

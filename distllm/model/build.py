@@ -12,12 +12,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from distllm.config.schema import Config
+from distllm.config.stages import pipeline_stages
 from distllm.layout.groups import Groups
+from distllm.layout.parameter import WORD_EMBEDDINGS, Parameter
 from distllm.layout.place import Place
+from distllm.model.families import family_of
 from distllm.model.gpt import GPT
 from distllm.model.init import initialize_weights
 from distllm.model.kernels import compiled, use_kernels
-from distllm.model.sharding import parameter_places
+from distllm.model.parameters import parameters_of
+from distllm.model.sharding import match_table, place_of
 from distllm.model.spec import block_spec, transformer_config
 
 
@@ -49,14 +53,19 @@ def build_model(
     # Megatron Core wants its random states to exist, even where nothing is drawn from them.
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
     megatron_config = transformer_config(config, device)
+    num_rows = config.model.padded_vocab_size(vocab_size)
+    table = {entry.name: entry for entry in parameters_of(config.model, num_rows)}
+    entries: dict[nn.Parameter, Parameter] = {}
     places: dict[nn.Parameter, Place] = {}
     chunks: list[nn.Module] = []
     for chunk in range(groups.num_chunks):
         with torch.device(device):
             module = _build_chunk(config, megatron_config, vocab_size, groups, chunk)
-        places |= parameter_places(module, groups)
+        for parameter, entry in match_table(module, table, groups).items():
+            is_tied_copy = entry.name == WORD_EMBEDDINGS and not groups.is_first_chunk(chunk)
+            entries[parameter], places[parameter] = entry, place_of(entry, groups, is_tied_copy)
         chunks.append(module)
-    initialize_weights(places, config.model, config.train.seed)
+    initialize_weights(entries, places, config.train.seed)
     if config.train.compile:
         kernels = compiled(warn)
         for chunk_module in chunks:
@@ -68,18 +77,16 @@ def _build_chunk(
     config: Config, megatron_config: TransformerConfig, vocab_size: int, groups: Groups, chunk: int
 ) -> GPT:
     model = config.model
+    stage = pipeline_stages(model.num_layers, config.parallel)[groups.coordinates.pipeline]
     virtual_stage = chunk if groups.num_chunks > 1 else None
     return GPT(
         megatron_config,
-        block_spec(model, megatron_config, virtual_stage),
+        block_spec(model, stage.chunks[chunk]),
         vocab_size=vocab_size,
         padded_vocab_size=model.padded_vocab_size(vocab_size),
-        max_sequence_length=model.seq_length,
         pre_process=groups.is_first_chunk(chunk),
         post_process=groups.is_last_chunk(chunk),
-        position_embedding_type="rope" if model.position_embedding == "rope" else "learned_absolute",
-        rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tie_embeddings,
+        **family_of(model).gpt_arguments(model),
         parallel_output=True,
         pg_collection=groups.megatron,
         vp_stage=virtual_stage,

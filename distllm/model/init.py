@@ -8,41 +8,31 @@ equal on all CPUs, but not equal between the two kinds.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from distllm.config.schema import Model
+from distllm.layout.parameter import Parameter
 from distllm.layout.place import Place
-
-# Projections back into the residual stream, damped by the number of residual additions.
-RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @torch.no_grad()
-def initialize_weights(places: Mapping[nn.Parameter, Place], model: Model, seed: int) -> None:
-    """Fill every parameter in place (Radford et al. 2019, section 2.3; Llama uses the same scheme)."""
-    for parameter, place in places.items():
-        if place.name.endswith("layernorm.weight"):
-            parameter.fill_(1.0)
-        elif place.name.endswith(".bias"):
-            parameter.zero_()
-        else:
-            whole = torch.empty(place.global_shape, dtype=torch.float32, device=parameter.device)
-            whole.normal_(
-                0.0, _std(place.name, model), generator=_generator(place.name, seed, parameter.device)
-            )
-            part = whole[
-                tuple(slice(o, o + n) for o, n in zip(place.offsets, place.local_shape, strict=True))
-            ]
-            parameter.copy_(part.reshape(parameter.shape))
-
-
-def _std(name: str, model: Model) -> float:
-    damping = math.sqrt(2 * model.num_layers) if name.endswith(RESIDUAL_PROJECTIONS) else 1.0
-    return model.init_std / damping
+def initialize_weights(
+    entries: Mapping[nn.Parameter, Parameter], places: Mapping[nn.Parameter, Place], seed: int
+) -> None:
+    """Fill every parameter in place, as its entry says (Radford et al. 2019, section 2.3; Llama uses the same
+    scheme)."""
+    for parameter, entry in entries.items():
+        if entry.is_constant:
+            parameter.fill_(entry.initial)
+            continue
+        generator = _generator(entry.name, seed, parameter.device)
+        whole = torch.empty(entry.shape, dtype=torch.float32, device=parameter.device)
+        whole.normal_(0.0, entry.initial, generator=generator)
+        place = places[parameter]
+        part = whole[tuple(slice(o, o + n) for o, n in zip(place.offsets, place.local_shape, strict=True))]
+        parameter.copy_(part.reshape(parameter.shape))
 
 
 def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:

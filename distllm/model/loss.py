@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from distllm.model.kernels import AS_WRITTEN, Kernels
-from distllm.model.size import LOGITS_PER_CHUNK, tokens_per_chunk
+from distllm.model.loss_chunks import LOGITS_PER_CHUNK, tokens_per_chunk
 
 
 @dataclass(frozen=True)

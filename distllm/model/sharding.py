@@ -1,67 +1,64 @@
-"""Canonical names: what each parameter of this rank is called, and where it lies, in the whole model."""
+"""Which entry of the table each parameter of this rank's modules is, and where its part lies in the whole."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
 from torch import nn
 
 from distllm.layout.groups import Groups
+from distllm.layout.parameter import WORD_EMBEDDINGS, Parameter
 from distllm.layout.place import Place
+from distllm.model.parameters import Table
 
 
-def parameter_places(model: GPTModel, groups: Groups) -> dict[nn.Parameter, Place]:
-    """The place of every parameter of `model`, in the order of `named_parameters()`.
+def match_table(model: GPTModel, table: Table, groups: Groups) -> dict[nn.Parameter, Parameter]:
+    """The entry of every parameter of `model`, in the order of `named_parameters()`.
 
     Names are Megatron's with the global layer number. The only tensor that exists under two names is a tied
-    output projection on a last stage that is not the first: there it has the embedding's name and the first
-    stage is its primary.
+    output projection on a last stage that is not the first: there it is the embedding's.
     """
-    _mark_cut_parameters(model)
-    return {p: _place(model, name, p, groups) for name, p in model.named_parameters()}
+    matched: dict[nn.Parameter, Parameter] = {}
+    for name, tensor in model.named_parameters():
+        name = _global_layer_name(model, name)
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = WORD_EMBEDDINGS
+        assert name in table, f"{name} is not in the family's table of parameters"
+        entry = table[name]
+        expected = entry.module_shape(groups.grid.degrees)
+        assert tuple(tensor.shape) == expected, f"{name} is {tuple(tensor.shape)}, its table says {expected}"
+        _mark_cut(tensor, entry)
+        matched[tensor] = entry
+    return matched
 
 
-def _mark_cut_parameters(model: GPTModel) -> None:
-    """Say of each parameter along which dim tensor parallelism cuts it, if it does.
+def place_of(entry: Parameter, groups: Groups, is_tied_copy: bool) -> Place:
+    """This rank's part. Replicas over the tensor-parallel ranks count on the first of them, and a tied
+    embedding on the first stage."""
+    local_shape, offsets = entry.local_shape(groups.grid.degrees), [0] * len(entry.shape)
+    if entry.cut_dim is not None:
+        offsets[entry.cut_dim] = groups.coordinates.of(entry.cut_axis) * local_shape[entry.cut_dim]
+    is_first_replica = entry.cut_dim is not None or groups.coordinates.tensor == 0
+    return Place(
+        entry.name,
+        entry.shape,
+        local_shape,
+        tuple(offsets),
+        primary=is_first_replica and not is_tied_copy,
+        is_decayed=entry.is_decayed,
+    )
+
+
+def _mark_cut(tensor: Any, entry: Parameter) -> None:
+    """Say of a parameter along which dim tensor parallelism cuts it.
 
     Megatron Core 0.16.1 says so only while it initialises weights, which it does not do for us. DeepSpeed
     reads the mark too: its gradient norm counts unmarked parameters once per tensor-parallel group.
     """
-    for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            for parameter in module.parameters(recurse=False):  # weight and bias
-                _mark(parameter, dim=0)
-        elif isinstance(module, RowParallelLinear):
-            _mark(module.weight, dim=1)
-
-
-def _mark(parameter: Any, dim: int) -> None:
-    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
-
-
-def _place(model: GPTModel, name: str, parameter: Any, groups: Groups) -> Place:
-    name = _global_layer_name(model, name)
-    primary = True
-    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-        name, primary = "embedding.word_embeddings.weight", False
-    shape = list(parameter.shape)
-    gated = "linear_fc1" in name and model.config.gated_linear_unit
-    if gated:  # gate and up projection are stacked: [2 * ffn/tp, ...] -> [2, ffn/tp, ...]
-        shape = [2, shape[0] // 2, *shape[1:]]
-    global_shape, offsets = list(shape), [0] * len(shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        dim = parameter.partition_dim + (1 if gated else 0)
-        global_shape[dim] *= groups.grid.tensor
-        offsets[dim] = groups.coordinates.tensor * shape[dim]
-    elif groups.coordinates.tensor != 0:
-        primary = False
-    return Place(name, tuple(global_shape), tuple(shape), tuple(offsets), primary)
+    if entry.cut_dim is not None and entry.cut_axis == "tensor":
+        tensor.tensor_model_parallel, tensor.partition_dim = True, entry.module_cut_dim
+        tensor.partition_stride = 1
 
 
 def _global_layer_name(model: GPTModel, name: str) -> str:

@@ -1,34 +1,15 @@
-"""From our config to Megatron Core's: the transformer config and the specification of a layer."""
+"""From our config to Megatron Core's: the transformer config and the specification of a rank's layers."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from distllm.config.schema import Config, Model, Recompute
-from distllm.model.attention import CausalAttention
-from distllm.model.layers import Attention, FeedForward, RowParallelLinearWithBias
-from distllm.model.norm import LayerNorm, RMSNorm
+from distllm.model.families import family_of
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-MEGATRON_NORM_NAMES = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")  # the form that GPT-2 was trained with
-
-
-ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
 
 
 def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
@@ -37,16 +18,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.resolved_head_dim,
-        normalization=MEGATRON_NORM_NAMES[model.normalization],
-        layernorm_epsilon=model.norm_epsilon,
-        activation_func=ACTIVATIONS[model.activation],
-        gated_linear_unit=model.activation == "swiglu",
-        add_bias_linear=model.bias,
+        **family_of(model).transformer_arguments(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -92,31 +64,8 @@ def _recompute_arguments(recompute: Recompute) -> dict[str, object]:
     return {"recompute_granularity": "full", **method}
 
 
-def block_spec(
-    model: Model, config: TransformerConfig, virtual_stage: int | None
-) -> TransformerBlockSubmodules:
-    """The layers of this rank and the final norm (ours too, hence a block spec and not a layer spec)."""
-    norm = NORMS[model.normalization]
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=Attention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=CausalAttention,
-                    linear_proj=RowParallelLinearWithBias,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=FeedForward,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+def block_spec(model: Model, layers_of_chunk: range) -> TransformerBlockSubmodules:
+    """The layers of a model chunk and the final norm (ours too, hence a block spec and not a layer spec)."""
+    family = family_of(model)
+    layers = [family.layer_spec(model, number) for number in layers_of_chunk]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=family.final_norm(model))

@@ -1,54 +1,36 @@
-"""What the forward pass keeps for the backward pass. Pure.
-
-Korthikanti et al. 2022 (arXiv:2205.05198), for our layers: without the score matrix, which the attention
-kernel recomputes, and without dropout masks.
-"""
+"""What the forward pass keeps for the backward pass, from what a layer of the family keeps. Pure."""
 
 from __future__ import annotations
 
-from distllm.config.schema import Config, Model
+from distllm.config.schema import Config
 from distllm.config.stages import Stage, microbatch_group_size
-
-
-def layer_elements_per_token(model: Model, tensor: int = 1, sequence: bool = False) -> int:
-    """Elements per token that one layer keeps on a tensor-parallel rank.
-
-    What lies between the column- and the row-parallel projections is cut by tensor parallelism, what lies
-    outside by sequence parallelism only. Recomputing the attention core (`selective`) changes nothing: its
-    inputs and its output are kept by its neighbours anyway, and the kernel's own part is 1 fp32 per head.
-    Nor does attention inside documents, which makes no mask; but on a CPU, which runs them one by one, the
-    context is kept twice.
-    """
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    queries = model.num_attention_heads * model.resolved_head_dim
-    keys = model.num_query_groups * model.resolved_head_dim
-    # Input and output of both; kernels that are not fused (RMSNorm's on CPUs) keep one more each.
-    norms = 4 * hidden
-    # The projection, whole, since the values are a view of it; the context; rotated queries and keys.
-    attention = (queries + 2 * keys) + queries + (queries + keys if model.position_embedding == "rope" else 0)
-    # Both projections, activated gate, product; or, without a gate, before and after the activation.
-    feed_forward = 4 * ffn if model.activation == "swiglu" else 2 * ffn
-    return norms // (tensor if sequence else 1) + (attention + feed_forward) // tensor
+from distllm.model.families import family_of
 
 
 def stage_elements_per_token(config: Config, stage: Stage) -> int:
     """Elements per token of one microbatch that all layers of `stage` keep on a rank until their backward."""
-    parallel, recompute = config.parallel, config.recompute
-    layer = layer_elements_per_token(config.model, parallel.tensor, parallel.sequence)
+    parallel = config.parallel
+    layer = family_of(config.model).activations(config.model, parallel.tensor, parallel.sequence)
     layer_input = config.model.hidden_size // (parallel.tensor if parallel.sequence else 1)
-    recomputed = 0
-    if recompute.granularity == "full":
-        recomputed = sum(min(recompute.num_layers or len(chunk), len(chunk)) for chunk in stage.chunks)
+    recomputed = num_recomputed_layers(config, stage)
     # What an interleaved chunk sends is not freed (model/spec.py); the last one's output has no next stage.
     sent = (len(stage.chunks) - stage.is_last) * layer_input if parallel.virtual_pipeline > 1 else 0
     return recomputed * layer_input + (len(stage.layers) - recomputed) * layer + sent
+
+
+def num_recomputed_layers(config: Config, stage: Stage) -> int:
+    """Layers of the stage whose forward pass runs again ahead of their backward pass."""
+    if config.recompute.granularity != "full":
+        return 0
+    return sum(min(config.recompute.num_layers or len(chunk), len(chunk)) for chunk in stage.chunks)
 
 
 def recomputed_elements_per_token(config: Config) -> int:
     """Elements per token of the one layer that is being recomputed, beside all that is kept."""
     if config.recompute.granularity != "full":
         return 0
-    return layer_elements_per_token(config.model, config.parallel.tensor, config.parallel.sequence)
+    parallel = config.parallel
+    return family_of(config.model).activations(config.model, parallel.tensor, parallel.sequence)
 
 
 def microbatches_in_flight(config: Config, stage_index: int, num_microbatches: int) -> float:

@@ -7,15 +7,17 @@ DeepSpeed's stage 3 gathers more in its first, while it finds out in which order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from distllm.config.schema import Config
-from distllm.config.stages import Stage, pipeline_stages
 from distllm.layout.grid import Grid
+from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.layout.traffic import Amount, Traffic, Transfer, add_up, sent_bytes
-from distllm.model.size import chunks_of_tokens
+from distllm.model.loss_chunks import chunks_of_tokens
+from distllm.plan.activations import num_recomputed_layers
 from distllm.plan.gradients import BYTES
-from distllm.plan.parameters import numel, stage_parameters
+from distllm.plan.rank_view import RankView
 from distllm.plan.zero_communication import (
     data_parallel_traffic,
     norm_reductions,
@@ -25,28 +27,23 @@ from distllm.plan.zero_communication import (
 Part = tuple[Transfer, Amount]
 
 
-def rank_traffic(
-    config: Config, vocab_size: int, dp_size: int, stage_index: int, has_weights: bool | None = None
-) -> dict[Transfer, Amount]:
-    """Of any rank of a stage, under a legal layout with `dp_size` data-parallel ranks.
+def rank_traffic(view: RankView, has_weights: bool | None = None) -> dict[Transfer, Amount]:
+    """Of any rank of a stage.
 
     has_weights: whether microbatches have weights of tokens; None means what the configuration makes of data.
     """
-    parallel = config.parallel
-    grid = Grid(dp_size, parallel.tensor, parallel.pipeline)
-    stage = pipeline_stages(config.model.num_layers, parallel)[stage_index]
-    num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * dp_size)
+    sequences = view.config.sequences
     if has_weights is None:
-        has_weights = config.sequences.packing == "best_fit" or config.sequences.document_mask
+        has_weights = sequences.packing == "best_fit" or sequences.document_mask
     parts = [
-        *((transfer, amount * num_microbatches) for transfer, amount in _tensor(config, vocab_size, stage)),
-        *_pipeline(config, stage_index, num_microbatches),
-        *_scalars(config, has_weights),
-        *norm_reductions(config),
-        *data_parallel_traffic(config, vocab_size, dp_size, stage_index, num_microbatches),
-        *_tied(config, vocab_size, dp_size, stage),
+        *((transfer, amount * view.num_microbatches) for transfer, amount in _tensor(view)),
+        *_pipeline(view),
+        *_scalars(has_weights),
+        *norm_reductions(view.config),
+        *data_parallel_traffic(view),
+        *_tied(view),
     ]
-    sizes = group_sizes(grid)
+    sizes = group_sizes(view.grid)
     return add_up((transfer, amount) for transfer, amount in parts if sizes[transfer.group] > 1)
 
 
@@ -75,13 +72,13 @@ def busiest_stage(config: Config, vocab_size: int, grid: Grid) -> int:
     last = grid.pipeline - 1
 
     def sent(stage_index: int) -> float:
-        traffic = rank_traffic(config, vocab_size, grid.data, stage_index)
+        traffic = rank_traffic(RankView(config, vocab_size, grid, stage_index))
         return sum(rank_sent_bytes(traffic, grid).values())
 
     return max(sorted({0, (last + 1) // 2, last}), key=sent)
 
 
-def _tensor(config: Config, vocab_size: int, stage: Stage) -> Iterator[Part]:
+def _tensor(view: RankView) -> Iterator[Part]:
     """The tensor-parallel group, for one microbatch.
 
     Without sequence parallelism each layer reduces its activations after both blocks on the way forward and
@@ -91,12 +88,11 @@ def _tensor(config: Config, vocab_size: int, stage: Stage) -> Iterator[Part]:
     weights (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2 and appendix B). A layer that is
     recomputed repeats its way forward.
     """
-    model, parallel = config.model, config.parallel
-    element = BYTES[config.train.precision]
-    tokens = config.train.micro_batch_size * model.seq_length
+    model, stage = view.config.model, view.stage
+    element, tokens = BYTES[view.config.train.precision], view.tokens_per_microbatch
     activation = tokens * model.hidden_size * element
-    layers, recomputed = len(stage.layers), _num_recomputed(config, stage)
-    if parallel.sequence:
+    layers, recomputed = len(stage.layers), num_recomputed_layers(view.config, stage)
+    if view.config.parallel.sequence:
         gathers = layers * 6 + recomputed * 2 + stage.is_first + stage.is_last
         yield _call("tensor", "all_gather", activation, gathers)
         scatters = layers * 4 + recomputed * 2 + stage.is_last
@@ -106,49 +102,40 @@ def _tensor(config: Config, vocab_size: int, stage: Stage) -> Iterator[Part]:
         scatters += stage.is_first and not learned
         yield _call("tensor", "reduce_scatter", activation, scatters)
         yield _call("tensor", "all_reduce", activation, stage.is_first and learned)
-        yield _call("tensor", "all_reduce", model.hidden_size * element, _num_summed_vectors(config, stage))
+        yield _call("tensor", "all_reduce", model.hidden_size * element, _num_summed_vectors(view))
     else:
         reductions = layers * 4 + recomputed * 2 + stage.is_first + stage.is_last
         yield _call("tensor", "all_reduce", activation, reductions)
     if stage.is_last:
         # model/loss.py: for each chunk of tokens the largest logit, then two sums per token, in fp32.
-        num_chunks = chunks_of_tokens(tokens, model.padded_vocab_size(vocab_size) // parallel.tensor)
+        num_chunks = chunks_of_tokens(tokens, view.padded_vocab_size // view.grid.tensor)
         total = 3 * tokens * BYTES["fp32"]
         yield Transfer("tensor", "all_reduce"), Amount(2 * num_chunks, total)
 
 
-def _num_recomputed(config: Config, stage: Stage) -> int:
-    if config.recompute.granularity != "full":
-        return 0
-    return sum(min(config.recompute.num_layers or len(chunk), len(chunk)) for chunk in stage.chunks)
+def _num_summed_vectors(view: RankView) -> int:
+    """Vectors that all tensor ranks apply to their parts of the sequence, whose gradients are summed
+    (model/norm.py): of norms, and biases of the projections into the residual stream."""
+    return sum(entry.kind == "vector" and entry.cut_dim is None for entry in view.table.values())
 
 
-def _num_summed_vectors(config: Config, stage: Stage) -> int:
-    """Weights as long as the hidden size that all tensor ranks apply to their parts of the sequence, whose
-    gradients are summed (model/norm.py): of norms, and biases of the projections into the residual stream."""
-    of_norm = 2 if config.model.normalization == "layernorm" else 1
-    biases = 2 if config.model.bias else 0
-    return len(stage.layers) * (2 * of_norm + biases) + stage.is_last * of_norm
-
-
-def _pipeline(config: Config, stage_index: int, num_microbatches: int) -> Iterator[Part]:
+def _pipeline(view: RankView) -> Iterator[Part]:
     """Activations to the next chunk and gradients to the one before, for each microbatch (Narayanan et al.
     2021, arXiv:2104.04473, section 4.1: b * s * h; a t-th of it under sequence parallelism), and the loss.
 
     Between two stages Megatron Core sends what goes from the second to the first through the world group, so
     that both ways overlap (`_p2p_ops` in pipeline_parallel/p2p_communication.py).
     """
-    model, parallel = config.model, config.parallel
+    config, parallel, stage_index = view.config, view.config.parallel, view.stage_index
     if parallel.pipeline == 1:
         return
-    tokens = config.train.micro_batch_size * model.seq_length
-    message = tokens * model.hidden_size * BYTES[config.train.precision]
+    message = view.tokens_per_microbatch * config.model.hidden_size * BYTES[config.train.precision]
     message //= parallel.tensor if parallel.sequence else 1
     chunks = parallel.virtual_pipeline
     # Of the chunks of this stage: those with one after them, and those with one before them.
     followed = chunks - (stage_index == parallel.pipeline - 1)
     preceded = chunks - (stage_index == 0)
-    calls = num_microbatches * (followed + preceded)
+    calls = view.num_microbatches * (followed + preceded)
     mine, theirs = "pipeline", "pipeline"
     if parallel.pipeline == 2:
         mine, theirs = ("pipeline", "world") if stage_index == 0 else ("world", "pipeline")
@@ -157,21 +144,20 @@ def _pipeline(config: Config, stage_index: int, num_microbatches: int) -> Iterat
     yield _call("pipeline", "broadcast", BYTES["fp32"], 1)  # the loss: engine/pipeline.py
 
 
-def _scalars(config: Config, has_weights: bool) -> Iterator[Part]:
-    """Loss and the wish to stop (`Engine._combine`); the sum of token weights (engine/pipeline.py)."""
+def _scalars(has_weights: bool) -> Iterator[Part]:
+    """Loss and the wish to stop (`Engine._combine`); the sum of token weights (engine/objective.py)."""
     yield _call("data", "all_reduce", 2 * BYTES["fp32"], 1)
     yield _call("model", "all_reduce", BYTES["fp32"], 1)
     yield _call("data", "all_reduce", 8, int(has_weights))  # in fp64
 
 
-def _tied(config: Config, vocab_size: int, dp_size: int, stage: Stage) -> Iterator[Part]:
+def _tied(view: RankView) -> Iterator[Part]:
     """The two copies of a tied embedding on the first and the last stage add up their gradients."""
-    if not config.model.tie_embeddings or config.parallel.pipeline == 1:
+    if not view.config.model.tie_embeddings or view.grid.pipeline == 1:
         return
-    if stage.is_first or stage.is_last:
-        shapes = stage_parameters(config.model, stage, vocab_size, config.parallel.tensor)
-        table = numel({"": shapes["embedding.word_embeddings.weight"]})
-        yield from tied_gradient_traffic(config, table, dp_size)
+    if view.stage.is_first or view.stage.is_last:
+        table = math.prod(view.held.shapes[WORD_EMBEDDINGS])
+        yield from tied_gradient_traffic(view.config, table, view.dp_size)
 
 
 def _call(group: str, kind: str, message: int, calls: int) -> Part:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from itertools import accumulate
 
-from distllm.config.schema import Config
-from distllm.config.stages import Stage, microbatch_group_size
-from distllm.plan.parameters import Shapes
+from distllm.config.stages import microbatch_group_size
+from distllm.layout.parameter import WORD_EMBEDDINGS
+from distllm.plan.rank_view import RankView
 
 # deepspeed/runtime/zero/config.py: stage3_max_reuse_distance.
 MAX_REUSE_NUMEL = 1_000_000_000
@@ -16,12 +16,7 @@ Use = tuple[str, ...]  # the parameters of a module that runs, forward or backwa
 
 
 def gathered_parameters(
-    config: Config,
-    shapes: Shapes,
-    stage: Stage,
-    stage_index: int,
-    num_microbatches: int,
-    max_reuse_numel: int = MAX_REUSE_NUMEL,
+    view: RankView, num_microbatches: int, max_reuse_numel: int = MAX_REUSE_NUMEL
 ) -> list[int]:
     """Elements of every parameter that one rank gathers in one step, once for each time.
 
@@ -32,17 +27,18 @@ def gathered_parameters(
     of the module that uses it. Parameters up to `zero.persistence_threshold` are gathered once, after the
     update.
     """
-    uses = list(_uses(config, shapes, stage, stage_index, num_microbatches))
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    uses = list(_uses(view, num_microbatches))
+    sizes = {name: math.prod(shape) for name, shape in view.held.shapes.items()}
+    threshold = view.config.zero.persistence_threshold
     before = [0, *accumulate(sum(sizes[name] for name in use) for use, _ in uses)]
     gathered = []
     last_use: dict[Use, tuple[int, bool]] = {}
     for position, (use, lets_go) in enumerate(uses):
         last, was_released = last_use.get(use, (-1, True))
         if was_released or before[position] - before[last + 1] >= max_reuse_numel:
-            gathered += [sizes[name] for name in use if sizes[name] > config.zero.persistence_threshold]
+            gathered += [sizes[name] for name in use if sizes[name] > threshold]
         last_use[use] = position, lets_go
-    persistent = [size for size in sizes.values() if size <= config.zero.persistence_threshold]
+    persistent = [size for size in sizes.values() if size <= threshold]
     return gathered + persistent
 
 
@@ -69,60 +65,40 @@ def passes(
             yield num_chunks - 1 - order[position - warm_up], False
 
 
-def _uses(
-    config: Config, shapes: Shapes, stage: Stage, stage_index: int, num_microbatches: int
-) -> Iterator[tuple[Use, bool]]:
+def _uses(view: RankView, num_microbatches: int) -> Iterator[tuple[Use, bool]]:
     """Modules in the order in which they run, and whether the use lets its parameters go whatever comes."""
-    parallel = config.parallel
+    num_chunks = len(view.stage.chunks)
     forward, backward = {}, {}
-    for chunk in range(len(stage.chunks)):
-        modules = _modules(shapes, stage, chunk)
-        forward[chunk] = [(use, False) for unit in modules for use in unit]
-        backward[chunk] = [
-            item for unit in reversed(modules) for item in _backward(config, unit, stage, chunk)
-        ]
-    for chunk, is_forward in passes(stage_index, parallel.pipeline, len(stage.chunks), num_microbatches):
+    for chunk in range(num_chunks):
+        units = _units(view, chunk)
+        forward[chunk] = [(use, False) for unit in units for use in unit]
+        backward[chunk] = [item for unit in reversed(units) for item in _backward(view, unit, chunk)]
+    for chunk, is_forward in passes(view.stage_index, view.grid.pipeline, num_chunks, num_microbatches):
         yield from forward[chunk] if is_forward else backward[chunk]
 
 
-def _backward(config: Config, unit: list[Use], stage: Stage, chunk: int) -> list[tuple[Use, bool]]:
-    first = unit[0][0]
+def _backward(view: RankView, unit: list[Use], chunk: int) -> list[tuple[Use, bool]]:
+    first, recompute = unit[0][0], view.config.recompute
     again: list[Use] = []
-    if first.startswith("decoder.layers.") and config.recompute.granularity == "full":
+    if first.startswith("decoder.layers.") and recompute.granularity == "full":
         layer = int(first.split(".")[2])
-        number = config.recompute.num_layers
-        if number is None or layer - stage.chunks[chunk][0] < number:
+        if recompute.num_layers is None or layer - view.stage.chunks[chunk][0] < recompute.num_layers:
             again = unit
     # A tied output projection lets its table go on a stage of its own; beside the embedding it need not.
-    lets_go = first.startswith("embedding.") or not stage.is_first
+    lets_go = first.startswith("embedding.") or not view.stage.is_first
     uses = [*again, *reversed(unit)]
     return [(use, lets_go and use[0].startswith("embedding.")) for use in uses]
 
 
-_OUTPUT = ("output_layer.weight",)
-_LAYER = (
-    "input_layernorm",
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "pre_mlp_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-
-
-def _modules(shapes: Shapes, stage: Stage, chunk: int) -> list[list[Use]]:
+def _units(view: RankView, chunk: int) -> list[list[Use]]:
     """Of one chunk, in order: embedding, layers, end; each a list of modules with parameters."""
-    table = ("embedding.word_embeddings.weight",)
+    stage, shapes = view.stage, view.held.shapes
     units: list[list[Use]] = []
     if stage.is_first and chunk == 0:
         units.append([(name,) for name in shapes if name.startswith("embedding.")])
     for layer in stage.chunks[chunk]:
-        units.append([_named(shapes, f"decoder.layers.{layer}.{module}.") for module in _LAYER])
+        units.append([view.modules[f"decoder.layers.{layer}.{m}"] for m in view.family.layer_order])
     if stage.is_last and chunk == len(stage.chunks) - 1:
-        output = _OUTPUT if _OUTPUT[0] in shapes else table
-        units.append([_named(shapes, "decoder.final_layernorm."), output])
+        output = (WORD_EMBEDDINGS if view.config.model.tie_embeddings else "output_layer.weight",)
+        units.append([view.modules["decoder.final_layernorm"], output])
     return units
-
-
-def _named(shapes: Shapes, prefix: str) -> Use:
-    return tuple(f"{prefix}{kind}" for kind in ("weight", "bias") if f"{prefix}{kind}" in shapes)

@@ -22,56 +22,56 @@ from __future__ import annotations
 import math
 
 from distllm.config.schema import Config
-from distllm.plan.parameters import Shapes, numel
+from distllm.plan.held import Held
 from distllm.plan.partition import group_partitions, partition_numel, spanned_numel
 
 BYTES = {"fp32": 4, "bf16": 2}
 
 
-def backward_gradients(config: Config, shapes: Shapes, dp_size: int) -> int:
-    """Bytes on the device of the parameters `shapes` while activations are there, at most."""
-    stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
-    if stage == 0:
-        return size * numel(shapes)
-    if stage == 1:
-        return size * numel(shapes)
-    if stage == 3:
-        return 0 if config.zero.offload_optimizer else size * partition_numel(shapes, 3, dp_size)
+def backward_gradients(config: Config, held: Held, dp_size: int) -> int:
+    """Bytes on the device of the parameters `held` while activations are there, at most."""
+    zero_stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
+    if zero_stage == 0:
+        return size * held.numel
+    if zero_stage == 1:
+        return size * held.numel
+    if zero_stage == 3:
+        return 0 if config.zero.offload_optimizer else size * partition_numel(held, 3, dp_size)
     if is_mixed(config):
-        return size * partition_numel(shapes, 2, dp_size)
+        return size * partition_numel(held, 2, dp_size)
     if config.zero.offload_optimizer:
         return 0
-    return _buffers(config, dp_size) * size * spanned_numel(shapes, dp_size)
+    return _buffers(config, dp_size) * size * spanned_numel(held, dp_size)
 
 
-def update_gradients(config: Config, shapes: Shapes, dp_size: int) -> int:
+def update_gradients(config: Config, held: Held, dp_size: int) -> int:
     """Bytes on the device while the optimizer updates, at most; from the last reduction on."""
-    stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
-    whole = size * numel(shapes)
-    if stage == 0:
-        return whole + (0 if size == BYTES["fp32"] else BYTES["fp32"] * numel(shapes))
-    if _is_bf16_optimizer(config):
-        return backward_gradients(config, shapes, dp_size)
-    if config.zero.offload_optimizer or (stage == 2 and is_mixed(config)):
-        part = size * partition_numel(shapes, stage, dp_size) if is_mixed(config) and stage < 3 else 0
-        return part + (whole if stage == 1 else 0)
-    flat_copy = BYTES["fp32"] * max(group_partitions(shapes, stage, dp_size))
-    if stage == 3:
-        return size * partition_numel(shapes, 3, dp_size) + flat_copy
-    collected = size * spanned_numel(shapes, dp_size)
-    return collected + max(flat_copy, whole if stage == 1 else 0)
+    zero_stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
+    whole = size * held.numel
+    if zero_stage == 0:
+        return whole + (0 if size == BYTES["fp32"] else BYTES["fp32"] * held.numel)
+    if is_bf16_optimizer(config):
+        return backward_gradients(config, held, dp_size)
+    if config.zero.offload_optimizer or (zero_stage == 2 and is_mixed(config)):
+        part = size * partition_numel(held, zero_stage, dp_size) if is_mixed(config) and zero_stage < 3 else 0
+        return part + (whole if zero_stage == 1 else 0)
+    flat_copy = BYTES["fp32"] * max(group_partitions(held, zero_stage, dp_size))
+    if zero_stage == 3:
+        return size * partition_numel(held, 3, dp_size) + flat_copy
+    collected = size * spanned_numel(held, dp_size)
+    return collected + max(flat_copy, whole if zero_stage == 1 else 0)
 
 
-def host_bytes(config: Config, shapes: Shapes, dp_size: int) -> int:
+def host_bytes(config: Config, held: Held, dp_size: int) -> int:
     """Bytes in host memory where states are offloaded, apart from these: gradients and staging buffers."""
-    stage, working = config.zero.stage, BYTES[config.train.precision]
-    part = partition_numel(shapes, stage, dp_size)
+    zero_stage, working = config.zero.stage, BYTES[config.train.precision]
+    part = partition_numel(held, zero_stage, dp_size)
     fp32_gradients = BYTES["fp32"] * part
-    if stage == 3:
+    if zero_stage == 3:
         return fp32_gradients + BYTES[config.train.gradient_accumulation] * part
-    staging = working * (part + max(map(math.prod, shapes.values())))
-    is_added_up_there = stage == 2 and not is_mixed(config) and _buffers(config, dp_size) > 1
-    return fp32_gradients + staging + (working * spanned_numel(shapes, dp_size) if is_added_up_there else 0)
+    staging = working * (part + max(map(math.prod, held.shapes.values())))
+    is_added_up_there = zero_stage == 2 and not is_mixed(config) and _buffers(config, dp_size) > 1
+    return fp32_gradients + staging + (working * spanned_numel(held, dp_size) if is_added_up_there else 0)
 
 
 def is_mixed(config: Config) -> bool:
@@ -79,7 +79,8 @@ def is_mixed(config: Config) -> bool:
     return config.train.precision != config.train.gradient_accumulation
 
 
-def _is_bf16_optimizer(config: Config) -> bool:
+def is_bf16_optimizer(config: Config) -> bool:
+    """Whether DeepSpeed takes BF16_Optimizer: stage 1, bf16 weights, fp32 gradients, nothing offloaded."""
     return config.zero.stage == 1 and is_mixed(config) and not config.zero.offload_optimizer
 
 

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 
-from distllm.layout.place import Shape
-from distllm.plan.parameters import Shapes, numel
+from distllm.plan.held import Held
 
 # DeepSpeed makes every partition of stages 1 and 2 a multiple of two elements (nccl_start_alignment_factor).
 ALIGNMENT = 2
 
 
-def partition_numel(shapes: Shapes, zero_stage: int, dp_size: int) -> int:
+def partition_numel(held: Held, zero_stage: int, dp_size: int) -> int:
     """Elements of one data-parallel rank's partition, padding included; all of them at stage 0."""
     if zero_stage == 0:
-        return numel(shapes)
-    return sum(group_partitions(shapes, zero_stage, dp_size))
+        return held.numel
+    return sum(group_partitions(held, zero_stage, dp_size))
 
 
-def group_partitions(shapes: Shapes, zero_stage: int, dp_size: int) -> tuple[int, int]:
-    """The elements of a partition in each of the optimizer's two groups (not decayed, decayed).
+def group_partitions(held: Held, zero_stage: int, dp_size: int) -> list[int]:
+    """The elements of a partition in each of the optimizer's groups.
 
     Stages 1 and 2 cut each group as one flat tensor, stage 3 each parameter.
     """
-    first, second = (
+    return [
         sum(-(-n // dp_size) for n in group) if zero_stage == 3 else _cut(sum(group), dp_size)
-        for group in _groups(shapes)
-    )
-    return first, second
+        for group in held.numel_by_group
+    ]
 
 
-def spanned_numel(shapes: Shapes, dp_size: int) -> int:
+def spanned_numel(held: Held, dp_size: int) -> int:
     """Elements of all parameters that a partition of stages 1 and 2 has any part of, on the rank with most.
 
     DeepSpeed keeps these gradients whole, also where the cut runs through a parameter.
     """
-    groups = [[0, *accumulate(group)] for group in _groups(shapes)]
+    groups = [[0, *accumulate(group)] for group in held.numel_by_group]
     return max(
         sum(_spanned(ends, _cut(ends[-1], dp_size), rank) for ends in groups) for rank in range(dp_size)
     )
@@ -51,16 +48,3 @@ def _spanned(ends: list[int], part: int, rank: int) -> int:
 
 def _cut(group_numel: int, dp_size: int) -> int:
     return -(-group_numel // (dp_size * ALIGNMENT)) * ALIGNMENT
-
-
-def _groups(shapes: Shapes) -> tuple[list[int], list[int]]:
-    """Elements of each parameter, in order, of the optimizer's two groups: not decayed and decayed."""
-    groups: tuple[list[int], list[int]] = ([], [])
-    for shape in shapes.values():
-        groups[is_decayed(shape)].append(math.prod(shape))
-    return groups
-
-
-def is_decayed(shape: Shape) -> bool:
-    """Which of the optimizer's groups a parameter belongs to: matrices decay, norms and biases do not."""
-    return len(shape) >= 2

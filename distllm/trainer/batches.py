@@ -12,7 +12,8 @@ from distllm.data.loader import StepShape, TrainingData
 from distllm.data.mixture import Blend
 from distllm.data.prefetch import Prefetcher
 from distllm.data.sequences import Samples
-from distllm.engine.pipeline import Microbatch
+from distllm.engine.microbatch import Microbatch
+from distllm.engine.objective import Objective
 from distllm.lineage.history import blends
 from distllm.trainer.state import TrainState
 
@@ -29,11 +30,18 @@ class Batches:
     """The microbatches of one data-parallel rank, on its device."""
 
     def __init__(
-        self, training: TrainingData, shape: StepShape, dp_rank: int, device: torch.device, prefetch: int
+        self,
+        training: TrainingData,
+        shape: StepShape,
+        dp_rank: int,
+        objective: Objective,
+        device: torch.device,
+        prefetch: int,
     ) -> None:
         self._training = training
         self._shape = shape
         self._dp_rank = dp_rank
+        self._objective = objective
         self._device = device
         self._prefetcher = Prefetcher(self._read, self._following, prefetch)
 
@@ -54,10 +62,10 @@ class Batches:
         samples = self._training.microbatches(
             request.first_sample, request.blends, self._dp_rank, self._shape
         )
-        return [to_microbatch(part, self._device) for part in samples]
+        return [to_microbatch(part, self._objective, self._device) for part in samples]
 
 
-def to_microbatch(samples: Samples, device: torch.device) -> Microbatch:
+def to_microbatch(samples: Samples, objective: Objective, device: torch.device) -> Microbatch:
     """On its way to the device: the copy from pinned memory waits for nothing and nothing waits for it but
     the kernels that read it."""
 
@@ -65,8 +73,8 @@ def to_microbatch(samples: Samples, device: torch.device) -> Microbatch:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    return Microbatch(
+    return objective.microbatch(
         move(samples.tokens),
-        None if samples.weights is None else move(samples.weights),
+        None if samples.loss_weights is None else move(samples.loss_weights),
         None if samples.document_starts is None else move(samples.document_starts),
     )

@@ -20,6 +20,7 @@ from distllm.layout.grid import Grid
 from distllm.layout.save_groups import create_save_groups
 from distllm.metrics.format import duration
 from distllm.metrics.run_directory import utc_now
+from distllm.optimizers import recipe_of
 from distllm.trainer.reporter import Reporter
 from distllm.trainer.save_time import expected_save_seconds
 from distllm.trainer.state import TrainState
@@ -59,7 +60,8 @@ class Checkpoints:
         if not self._reporter.is_main or self._config.checkpoint.interval == 0:
             return
         run, grace = self._reporter.run, self._config.fault.grace_seconds
-        expected = expected_save_seconds(run.path, self._engine.fragments(), run.read_events())
+        num_tensors = recipe_of(self._config.optimizer).tensors_per_parameter
+        expected = expected_save_seconds(run.path, self._engine.fragments(), num_tensors, run.read_events())
         if expected is not None and expected > grace:
             self._reporter.warn(
                 f"a save is expected to take {duration(expected)}, longer than fault.grace_seconds={grace}: "

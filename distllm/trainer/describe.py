@@ -13,7 +13,7 @@ from distllm.metrics.plots import plot_loss
 from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.sinks import read_rows
 from distllm.metrics.summary import EndFacts, StartFacts, end_summary, start_summary
-from distllm.model.size import count_parameters
+from distllm.model.parameters import count_parameters
 from distllm.plan.memory import estimate_memory
 from distllm.trainer.completion import sample_tokens
 from distllm.trainer.job import Job
@@ -51,7 +51,7 @@ def describe_start(config: Config, prepared: PreparedData, data: OpenedData, gri
                 name: (samples.get(name, 0) / max(sum(samples.values()), 1), samples.get(name, 0) / size)
                 for name, size in sizes.items()
             },
-            memory_bytes_per_rank=estimate_memory(config, prepared.vocab_size, grid.data),
+            memory_bytes_per_rank=estimate_memory(config, prepared.vocab_size, grid),
             resumed_from=start.path,
         )
     )

@@ -13,7 +13,7 @@ from distllm.data.prepared import PreparedData
 from distllm.data.sequences import Samples, Sequences
 from distllm.data.tokenizer import TextTokenizer
 from distllm.engine.engine import Engine
-from distllm.engine.pipeline import Microbatch
+from distllm.engine.microbatch import Microbatch
 from distllm.metrics.meter import Row, gzip_bits_per_byte, validation_row
 from distllm.trainer.batches import to_microbatch
 
@@ -82,7 +82,7 @@ def validation_microbatches(
 ) -> list[Microbatch]:
     """This rank's share of the first `count` sequences. All ranks run equally many microbatches, since their
     passes hold collectives; where the sequences do not suffice, the last are padded with some of weight 0."""
-    dp_size, dp_rank = engine.groups.grid.data, engine.groups.coordinates.data
+    dp_rank, dp_size = engine.groups.samples.rank, engine.groups.samples.size
     microbatches = []
     for microbatch in range(math.ceil(count / (micro_batch_size * dp_size))):
         first = (microbatch * dp_size + dp_rank) * micro_batch_size
@@ -90,14 +90,16 @@ def validation_microbatches(
         # Beyond the end any sequence will do: its weight is 0.
         samples = sequences.read(np.minimum(numbers, count - 1))
         weights = np.ones((len(numbers), sequences.seq_length), np.float32)
-        if samples.weights is not None:
-            weights = samples.weights.copy()
+        if samples.loss_weights is not None:
+            weights = samples.loss_weights.copy()
         weights[numbers >= count] = 0
-        microbatches.append(to_microbatch(replace(samples, weights=weights), engine.device))
+        microbatches.append(
+            to_microbatch(replace(samples, loss_weights=weights), engine.objective, engine.device)
+        )
     return microbatches
 
 
 def _labels(samples: Samples) -> np.ndarray:
     """int64 [n]: the tokens that count as labels."""
     labels = samples.tokens[:, 1:]
-    return labels.ravel() if samples.weights is None else labels[samples.weights > 0]
+    return labels.ravel() if samples.loss_weights is None else labels[samples.loss_weights > 0]

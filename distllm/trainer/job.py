@@ -12,7 +12,8 @@ from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups
 from distllm.lineage.ledger import LedgerFile
 from distllm.model.build import build_model
-from distllm.model.size import flops_per_token
+from distllm.model.parameters import flops_per_token
+from distllm.objectives import create_objective
 from distllm.runtime.activity import Activity
 from distllm.runtime.devices import peak_flops
 from distllm.runtime.dist import Runtime
@@ -67,12 +68,13 @@ def build_job(
 ) -> Job:
     """Build all parts and load the checkpoint that `start` names. Collective."""
     train = config.train
-    shape = StepShape(train.global_batch_size, train.micro_batch_size, groups.grid.data)
+    shape = StepShape(train.global_batch_size, train.micro_batch_size, groups.samples.size)
     prefetch = config.sequences.prefetch
-    batches = Batches(data.training, shape, groups.coordinates.data, runtime.device, prefetch)
+    objective = create_objective(config)
+    batches = Batches(data.training, shape, groups.samples.rank, objective, runtime.device, prefetch)
     validation = create_validation(config, prepared, data.validation)
     built = build_model(config, prepared.vocab_size, groups, runtime.device, reporter.warn)
-    engine = create_engine(built.chunks, built.places, config, groups)
+    engine = create_engine(built.chunks, built.places, config, groups, objective)
     if start.path is not None:
         restore(engine, start.path)
     records = start.records | data.records

@@ -36,7 +36,7 @@ class StepProfiler:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._window = profiled_steps(job.config.train.profile)
-        self._is_traced = job.groups.coordinates.data == 0 and job.groups.coordinates.tensor == 0
+        self._is_traced = job.groups.is_traced
         self._profiler: profile | None = None
         self._is_begun = self._is_stopped = self._is_written = False
         self._steps: list[tuple[int, float, Timings]] = []

@@ -11,18 +11,21 @@ from typing import Any
 from distllm.layout.fragment import Fragment
 
 PROBE_BYTES = 16 << 20
-ADAM_TENSORS = 3  # weight and two moments, all fp32; before the first step only the weight is there
 
 
 def expected_save_seconds(
-    folder: Path, fragments: Iterable[Fragment], events: Iterable[Mapping[str, Any]]
+    folder: Path,
+    fragments: Iterable[Fragment],
+    tensors_per_parameter: int,
+    events: Iterable[Mapping[str, Any]],
 ) -> float | None:
     """What the last save of the run took; for a new run, what this rank's bytes take at the speed of a probe
     written to `folder`. None where neither can be known."""
     saves = [event["seconds"] for event in events if event["kind"] == "checkpoint" and "seconds" in event]
     if saves:
         return float(saves[-1])
-    num_bytes = ADAM_TENSORS * sum(f.tensors["weight"].nbytes for f in fragments if f.writer)
+    # Before the first step only the weight is there.
+    num_bytes = tensors_per_parameter * sum(f.tensors["weight"].nbytes for f in fragments if f.writer)
     speed = _probe(folder)
     return num_bytes / speed if speed else None
 

@@ -19,12 +19,13 @@ from distllm.layout.grid import Grid
 from distllm.layout.traffic import sent_bytes
 from distllm.metrics.format import block, bytes_, count, plural, table
 from distllm.metrics.summary import batch_arithmetic
-from distllm.model.size import count_parameters
+from distllm.model.parameters import count_parameters
 from distllm.plan.activations import microbatches_in_flight
 from distllm.plan.bubble import bubble_of_ideal_time, bubble_of_step
 from distllm.plan.communication import busiest_stage, group_sizes, rank_traffic
 from distllm.plan.memory import estimate_memory, rank_memory
 from distllm.plan.nearest import Proposal, nearest_layouts
+from distllm.plan.rank_view import RankView
 
 NOT_COUNTED = "without communication buffers, layers that ZeRO-3 gathers, fragmentation and libraries"
 
@@ -58,8 +59,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 def report(config: Config, vocab_size: int, world_size: int) -> str:
     """All that follows from a legal layout."""
-    parallel = config.parallel
-    grid = Grid.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    grid = Grid.of(config.parallel, world_size)
     microbatches = num_microbatches(config, world_size)
     assert microbatches is not None, "the batch of a legal job is shared out"
     train = config.train
@@ -71,7 +71,7 @@ def report(config: Config, vocab_size: int, world_size: int) -> str:
             train.global_batch_size, train.micro_batch_size, grid.data, config.model.seq_length
         ),
         "bubble": _bubble(config, microbatches),
-        "memory": _memory(config, vocab_size, grid.data, microbatches),
+        "memory": _memory(config, vocab_size, grid, microbatches),
         "sent": _sent(config, vocab_size, grid),
     }
     return block("distllm check: legal", sections)
@@ -118,12 +118,12 @@ def _bubble(config: Config, microbatches: int) -> str:
     )
 
 
-def _memory(config: Config, vocab_size: int, data_parallel: int, microbatches: int) -> str:
+def _memory(config: Config, vocab_size: int, grid: Grid, microbatches: int) -> str:
     """Bytes per rank of the first, a middle and the last stage."""
     last = config.parallel.pipeline - 1
     rows: dict[str, list[str]] = {"": []}
     for stage in sorted({0, (last + 1) // 2, last}):
-        memory = rank_memory(config, vocab_size, data_parallel, stage)
+        memory = rank_memory(RankView(config, vocab_size, grid, stage))
         in_flight = microbatches_in_flight(config, stage, microbatches)
         rows[""].append(f"stage {stage}")
         for kind, size in asdict(memory).items():
@@ -141,7 +141,7 @@ def _memory(config: Config, vocab_size: int, data_parallel: int, microbatches: i
 def _sent(config: Config, vocab_size: int, grid: Grid) -> str:
     """What the rank that sends most puts on the wire in a step, one group a line."""
     stage = busiest_stage(config, vocab_size, grid)
-    traffic = rank_traffic(config, vocab_size, grid.data, stage)
+    traffic = rank_traffic(RankView(config, vocab_size, grid, stage))
     if not traffic:
         return ""
     sizes, lines, total = group_sizes(grid), dict[str, str](), 0.0
@@ -175,6 +175,5 @@ def _need(proposal: Proposal, world_size: int) -> str:
         vocab_size = vocabulary_size(config.tokenizer)
     except UserError:  # one of the problems already
         return ""
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    total = sum(estimate_memory(config, vocab_size, data_parallel).values())
+    total = sum(estimate_memory(config, vocab_size, Grid.of(config.parallel, world_size)).values())
     return f"; {bytes_(total)} on the fullest rank"

@@ -11,19 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distllm.checkpoint.huggingface.config import family_of, to_their_config
-from distllm.checkpoint.huggingface.names import Counterpart, Family, counterparts
-from distllm.checkpoint.huggingface.write import write_json, write_weights
 from distllm.checkpoint.manifest import read_manifest
 from distllm.checkpoint.store import read_tensors
 from distllm.config.problems import user_error
 from distllm.config.schema import Config, Model
-from distllm.config.stages import pipeline_stages
 from distllm.data.tokenizer import TextTokenizer
+from distllm.huggingface.config import to_their_config
+from distllm.huggingface.counterpart import Counterpart, counterparts
+from distllm.huggingface.write import write_json, write_weights
 from distllm.metrics.format import count
-from distllm.model.size import count_parameters
-from distllm.plan.parameters import stage_parameters
-from distllm.verbs.saved import SINGLE, checkpoint_to_read, refuse_launcher, tokenizer_folder
+from distllm.model.parameters import count_parameters
+from distllm.verbs.saved import checkpoint_to_read, refuse_launcher, tokenizer_folder
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -36,7 +34,7 @@ def run(config: Config) -> int:
     manifest = read_manifest(path)
     model = Model(**manifest.details["config"]["model"])
     vocab_size = manifest.details["tokenizer"]["vocab_size"]
-    family = family_of(model)
+    tensors = counterparts(model, vocab_size)
     tokenizer_source = tokenizer_folder(path, manifest)
     end_of_document = manifest.details["config"]["tokenizer"]["end_of_document"]
     tokenizer = TextTokenizer.load(tokenizer_source, end_of_document)
@@ -56,18 +54,11 @@ def run(config: Config) -> int:
         ends = {key: their_config[key] for key in ("bos_token_id", "eos_token_id")}
         write_json(folder / "generation_config.json", ends)
         copy_tokenizer(tokenizer_source, folder, end_of_document)
-        tensors = whole_model(family, model, vocab_size)
         write_weights(folder, tensors, read, config.export.dtype, config.export.max_shard_bytes)
     parameters = count(count_parameters(model, vocab_size).total)
     print(f"{target}: {their_config['architectures'][0]}, {parameters} parameters in {config.export.dtype}")
     print(f"from {path}, step {manifest.step:,}")
     return 0
-
-
-def whole_model(family: Family, model: Model, vocab_size: int) -> list[Counterpart]:
-    """Every tensor of the model with its counterparts."""
-    (everything,) = pipeline_stages(model.num_layers, SINGLE)
-    return counterparts(family, model, vocab_size, stage_parameters(model, everything, vocab_size, tensor=1))
 
 
 def copy_tokenizer(source: Path, target: Path, end_of_document: str) -> None:

@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from distllm import __version__
-from distllm.checkpoint.huggingface.config import dropouts, from_their_config
-from distllm.checkpoint.huggingface.names import Counterpart
-from distllm.checkpoint.huggingface.read import Stored, find_tensors, match_tensors, read_json
 from distllm.checkpoint.retention import checkpoint_path, list_checkpoints
 from distllm.checkpoint.store import write_checkpoint
 from distllm.config.compose import assignment, to_plain
@@ -27,13 +24,16 @@ from distllm.config.problems import UserError, user_error
 from distllm.config.rules import check_model
 from distllm.config.schema import Config, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
+from distllm.huggingface.config import dropouts, from_their_config
+from distllm.huggingface.counterpart import Counterpart, counterparts
+from distllm.huggingface.read import Stored, find_tensors, match_tensors, read_json
 from distllm.metrics.format import count
 from distllm.metrics.run_directory import RunDirectory, utc_now
 from distllm.metrics.run_lock import RunLock
-from distllm.model.size import count_parameters
+from distllm.model.parameters import count_parameters
 from distllm.runtime import dist
 from distllm.trainer.checkpointing import LIBRARIES, TOKENIZER_FOLDER, tokenizer_files
-from distllm.verbs.export import TOKENIZER_CONFIG, token_text, whole_model
+from distllm.verbs.export import TOKENIZER_CONFIG, token_text
 from distllm.verbs.saved import refuse_launcher
 
 NO_STRINGS = ("null", "true", "false", "nan", "inf")  # words that Hydra takes for something else
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     run_directory = RunDirectory(Path(config.run.dir), create=False)
     _refuse_used(run_directory)
     theirs = read_json(folder, "config.json")
-    family, model = from_their_config(theirs, name=folder.name, vocab_multiple=config.model.vocab_multiple)
+    model = from_their_config(theirs, name=folder.name, vocab_multiple=config.model.vocab_multiple)
     tokenizer = _load_tokenizer(folder, theirs, config.tokenizer.end_of_document)
     config = dataclasses.replace(
         config,
@@ -62,8 +62,8 @@ def run(config: Config) -> int:
     )
     if problems := check_model(config):
         raise UserError(problems)
-    tensors = whole_model(family, model, tokenizer.vocab_size)
-    stored = match_tensors(folder, family, find_tensors(folder), tensors)
+    tensors = counterparts(model, tokenizer.vocab_size)
+    stored = match_tensors(folder, find_tensors(folder), tensors)
     RunDirectory(run_directory.path)  # made and found writable
     path = checkpoint_path(run_directory.checkpoints_path, 0)
     lock = RunLock(run_directory.path)

@@ -12,16 +12,7 @@ from distllm.config.schema import Config, Parallel
 from distllm.metrics.run_directory import RunDirectory
 from distllm.trainer.reporter import report_progress
 
-SINGLE = Parallel(
-    tensor=1,
-    sequence=False,
-    pipeline=1,
-    virtual_pipeline=1,
-    first_stage_layers=None,
-    last_stage_layers=None,
-    embedding_as_layer=False,
-    loss_as_layer=False,
-)
+SINGLE = Parallel()
 
 
 def refuse_launcher(verb: str) -> None:

@@ -91,9 +91,7 @@ def _train(
     start: Start,
     stop_request: StopRequest,
 ) -> int:
-    grid = Grid.from_world_size(
-        runtime.world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline
-    )
+    grid = Grid.of(config.parallel, runtime.world_size)
     previous_sign = RunDirectory(Path(config.run.dir), create=False).last_sign()
     reporter = Reporter(config, runtime.is_main, start.state.step)
     _open_run(config, runtime, prepared, start, reporter, previous_sign)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distllm.engine.pipeline import Microbatch
+from distllm.engine.microbatch import Microbatch
 from distllm.model import attention
 from distllm.model.attention import CausalAttention
 

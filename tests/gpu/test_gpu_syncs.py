@@ -27,14 +27,15 @@ def build(config: Any, device: torch.device) -> Any:
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups
     from distllm.model.build import build_model
+    from distllm.objectives import create_objective
 
-    groups = create_groups(Grid.from_world_size(1, tensor=1, pipeline=1), timedelta(seconds=60), 1)
+    groups = create_groups(Grid(), timedelta(seconds=60), 1)
     built = build_model(config, jobs.VOCAB_SIZE, groups, device)
-    return create_engine(built.chunks, built.places, config, groups)
+    return create_engine(built.chunks, built.places, config, groups, create_objective(config))
 
 
 def on_device(step: int, config: Any, groups: Any, device: torch.device) -> Any:
-    from distllm.engine.pipeline import Microbatch
+    from distllm.engine.microbatch import Microbatch
 
     return [Microbatch(batch.tokens.to(device)) for batch in jobs.microbatches(step, config, groups)]
 

@@ -20,7 +20,7 @@ from distllm.checkpoint.store import write_checkpoint
 from distllm.config.problems import UserError
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine, StepResult
-from distllm.model.size import count_parameters
+from distllm.model.parameters import count_parameters
 from distllm.trainer.resume import restore
 
 # PyTorch on reading without a process group, which is what these tests want.

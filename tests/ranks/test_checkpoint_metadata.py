@@ -29,6 +29,7 @@ from distllm.plan.checkpoint_metadata import (
     CHUNK_BYTES_ON_DISK,
     chunks_by_module,
 )
+from distllm.plan.rank_view import RankView
 
 MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 STAGES = ("zero.stage=0", "zero.stage=1", "zero.stage=2", "zero.stage=3")
@@ -76,7 +77,7 @@ def write_and_model(rank: int, folder: Path, cases: list[tuple[str, ...]]) -> li
         engine = jobs.build_engine(config)
         fragments = engine.fragments(create_states=MOMENTS)
         write_checkpoint(folder / str(number), fragments, step=1, scalars={}, details={})
-        modelled.append(chunks_by_module(config, jobs.VOCAB_SIZE, engine.groups.grid.data))
+        modelled.append(chunks_by_module(config, jobs.VOCAB_SIZE, engine.groups.grid))
         jobs.finish(engine)
     return modelled
 
@@ -170,14 +171,18 @@ def test_no_reader_of_405b_needs_100_mb(zero_stage: int) -> None:
     """A reader holds the metadata of one module at a time, of which it may need any part. Twice what is
     measured still fits; and so does, under cuts as uneven as can be, what is measured."""
     config = llama_405b(zero_stage)
-    largest = {dp: max(chunks_by_module(config, LLAMA_VOCABULARY, dp).values()) for dp in (128, 127)}
+    grids = {dp: RankView.of(config, LLAMA_VOCABULARY, dp, 0).grid for dp in (128, 127)}
+    largest = {
+        dp: max(chunks_by_module(config, LLAMA_VOCABULARY, grid).values()) for dp, grid in grids.items()
+    }
     assert 2 * largest[128] * CHUNK_BYTES_IN_MEMORY < LARGEST_BYTES
     assert largest[127] * CHUNK_BYTES_IN_MEMORY < LARGEST_BYTES
 
 
 def test_one_list_of_all_chunks_would_need_gigabytes() -> None:
     """Why there is one for each module."""
-    total = sum(chunks_by_module(llama_405b(3), LLAMA_VOCABULARY, dp_size=128).values())
+    grid = RankView.of(llama_405b(3), LLAMA_VOCABULARY, 128, 0).grid
+    total = sum(chunks_by_module(llama_405b(3), LLAMA_VOCABULARY, grid).values())
     assert total == 1_660_800
     assert total * CHUNK_BYTES_IN_MEMORY > 30 * LARGEST_BYTES
 

@@ -19,6 +19,7 @@ from distllm.layout.grid import Coordinates
 from distllm.layout.traffic import Amount, Transfer
 from distllm.plan.communication import rank_traffic
 from distllm.plan.gradients import BYTES
+from distllm.plan.rank_view import RankView
 from distllm.runtime.collective_counter import CollectiveCounter
 
 TP, PP, SP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
@@ -64,10 +65,10 @@ def compare(rank: int, cases: list[tuple[str, ...]], has_weights: bool = False) 
         for step in range(2 if config.zero.stage == 3 else 1):
             batch = jobs.microbatches(step, config, engine.groups)
             if has_weights:
-                batch = [replace(b, weights=jobs.even_weights(b.labels)) for b in batch]
+                batch = [replace(b, loss_weights=jobs.even_weights(b.labels)) for b in batch]
             with CollectiveCounter(engine.groups) as counter:
                 engine.train_step(batch, config.optimizer.lr)
-        predicted = rank_traffic(config, jobs.VOCAB_SIZE, grid.data, place.pipeline, has_weights)
+        predicted = rank_traffic(RankView(config, jobs.VOCAB_SIZE, grid, place.pipeline), has_weights)
         largest = max(math.prod(p.local_shape) for p in engine.places.values())
         gathered = predicted.get(GATHER, Amount(0, 0)).bytes / BYTES[config.train.precision]
         least = gathered / (config.zero.bucket_size + largest)
@@ -155,7 +156,7 @@ def test_what_is_not_predicted_is_seen() -> None:
     (found,) = run_ranks(2, compare, [(TP, "zero.stage=0")])[0]
     config = jobs.make_config("zero.stage=0", "model.seq_length=16")
     config = replace(config, parallel=replace(config.parallel, tensor=2))
-    other = rank_traffic(config, jobs.VOCAB_SIZE, 1, 0, has_weights=False)
+    other = rank_traffic(RankView.of(config, jobs.VOCAB_SIZE, 1, 0), has_weights=False)
     everything = Transfer("tensor", "all_reduce")
     assert found.counted == found.predicted
     assert other[everything].calls == found.counted[everything].calls

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine
-from distllm.engine.pipeline import Microbatch
+from distllm.engine.microbatch import Microbatch
 from distllm.layout.groups import Groups
 
 LLAMA = ("model=tiny",)
@@ -177,7 +177,7 @@ def outcomes(rank: int, cases: list[tuple[str, ...]]) -> list[Outcome]:
         # One microbatch, of the first data-parallel rank; an interleaved schedule needs more and makes them.
         first = packed_microbatches(STEPS, config, engine.groups)[0]
         if engine.groups.coordinates.data > 0:
-            first = replace(first, weights=torch.zeros_like(first.labels))
+            first = replace(first, loss_weights=torch.zeros_like(first.labels))
         sums = engine.evaluate([first])
         # 31 tokens are no multiple of the tensor-parallel degree: each sequence is padded.
         tokens = jobs.global_batch(STEPS, config)[:2, : SEQ - 1].contiguous()
@@ -241,13 +241,13 @@ def check_weighted_mean(rank: int) -> None:
     total = torch.stack([weights_of(microbatch) for microbatch in batch]).sum()
     loss = torch.tensor(0.0)
     for microbatch in batch:
-        assert microbatch.weights is not None
+        assert microbatch.loss_weights is not None
         part = chunk(
             microbatch.inputs,
             microbatch.positions,
             microbatch.document_starts,
             labels=microbatch.labels,
-            loss_mask=microbatch.weights / total,
+            loss_mask=microbatch.loss_weights / total,
         )
         part.backward()
         loss += part.detach()
@@ -271,7 +271,7 @@ def weigh_all(weight: float | None) -> Callable[[int, Config, Groups], list[Micr
         batch = jobs.microbatches(step, config, groups)
         if weight is None:
             return batch
-        return [replace(m, weights=torch.full(m.labels.shape, weight)) for m in batch]
+        return [replace(m, loss_weights=torch.full(m.labels.shape, weight)) for m in batch]
 
     return microbatches
 
@@ -311,7 +311,7 @@ def check_missing_weights(rank: int) -> None:
     engine = jobs.build_engine(config)
     first, *others = packed_batch(0, config)
     with pytest.raises(AssertionError, match="only some microbatches have weights"):
-        engine.train_step([replace(first, weights=None), *others], config.optimizer.lr)
+        engine.train_step([replace(first, loss_weights=None), *others], config.optimizer.lr)
     jobs.finish(engine)
 
 
@@ -320,5 +320,5 @@ def test_weights_of_some_microbatches_only_are_refused() -> None:
 
 
 def weights_of(microbatch: Microbatch) -> Tensor:
-    assert microbatch.weights is not None
-    return microbatch.weights.sum()
+    assert microbatch.loss_weights is not None
+    return microbatch.loss_weights.sum()

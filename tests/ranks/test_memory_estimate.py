@@ -9,7 +9,7 @@ from harness import run_ranks
 from test_model_reference import GPT2, LLAMA
 from torch import Tensor
 
-from distllm.plan.activations import layer_elements_per_token
+from distllm.model.families import family_of
 
 # Large enough that what does not grow with the layers (embedding, final norm, rotary table) is little.
 LARGER = ("model.num_layers=6", "train.micro_batch_size=2")
@@ -62,5 +62,5 @@ def test_activations_are_estimated_within_15_percent() -> None:
         SHAPES, cases, run_ranks(1, saved_elements_per_token, cases)[0], strict=True
     ):
         model = jobs.make_config(*case).model
-        estimate = model.num_layers * layer_elements_per_token(model)
+        estimate = model.num_layers * family_of(model).activations(model)
         assert estimate == pytest.approx(saved, rel=0.15), name

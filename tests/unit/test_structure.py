@@ -15,16 +15,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 400
 
 SIBLINGS = {"data", "model", "engine", "checkpoint", "metrics"}
+# Rooms that join some of the siblings, or that some of them build on.
+ABOVE = {"optimizers", "objectives", "lineage", "huggingface", "plan"}
 MAY_IMPORT = {
     "config": set(),
     "layout": {"config"},
     "runtime": {"config", "layout"},
     **{sibling: {"config", "layout", "runtime"} for sibling in SIBLINGS},
+    "optimizers": {"config"},
+    "engine": {"config", "layout", "runtime", "optimizers"},
+    "objectives": {"config", "engine"},
     "lineage": {"config", "data", "metrics"},
-    "plan": {"config", "layout", "model"},
-    "trainer": {"config", "layout", "runtime", "plan", "lineage"} | SIBLINGS,
-    "bench": {"config", "layout", "runtime", "plan", "lineage", "trainer"} | SIBLINGS,
-    "verbs": {"config", "layout", "runtime", "plan", "lineage", "trainer", "bench"} | SIBLINGS,
+    "huggingface": {"config", "layout", "model"},
+    "plan": {"config", "layout", "model", "optimizers"},
+    "trainer": {"config", "layout", "runtime", *ABOVE} | SIBLINGS,
+    "bench": {"config", "layout", "runtime", *ABOVE, "trainer"} | SIBLINGS,
+    "verbs": {"config", "layout", "runtime", *ABOVE, "trainer", "bench"} | SIBLINGS,
     "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {

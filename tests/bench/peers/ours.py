@@ -47,18 +47,19 @@ def build(job: Job) -> tuple[Config, Groups, BuiltModel]:
     """The model with the weights that its seed gives, as all contestants start from them."""
     runtime = dist.start(timedelta(minutes=10))
     config = compose.load(compose.parse("train", overrides(job, runtime.world_size)))
-    groups = create_groups(Grid.from_world_size(runtime.world_size), runtime.timeout)
+    groups = create_groups(Grid(data=runtime.world_size), runtime.timeout)
     return config, groups, build_model(config, job.vocab_size, groups, torch.device("cpu"))
 
 
 def main() -> None:
     from distllm.engine.create import create_engine
-    from distllm.engine.pipeline import Microbatch
+    from distllm.engine.microbatch import Microbatch
+    from distllm.objectives import create_objective
 
     job, turns = contestant.start()
     config, groups, built = build(job)
     turns.parameters = sum(parameter.numel() for parameter in built.places)
-    engine = create_engine(built.chunks, built.places, config, groups)
+    engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
     for tokens in contestant.batches(job):
         microbatches: list[Any] = [Microbatch(part) for part in tokens]
         turns.step_ended(engine.train_step(microbatches, contestant.LEARNING_RATE).loss)

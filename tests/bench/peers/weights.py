@@ -8,17 +8,15 @@ from pathlib import Path
 import contestant
 from ours import build
 
-from distllm.checkpoint.huggingface.names import counterparts
-from distllm.checkpoint.huggingface.write import write_weights
+from distllm.huggingface.counterpart import counterparts
+from distllm.huggingface.write import write_weights
 
 
 def main() -> None:
     job, _ = contestant.start()
     config, _, built = build(job)
     weights = {place.name: parameter.detach() for parameter, place in built.places.items()}
-    pairs = counterparts(
-        "llama", config.model, job.vocab_size, {name: tuple(weight.shape) for name, weight in weights.items()}
-    )
+    pairs = counterparts(config.model, job.vocab_size)
     write_weights(Path(sys.argv[2]), pairs, lambda pair: weights[pair.name], "fp32", 10**10)
 
 

@@ -71,15 +71,15 @@ def test_weights_and_document_starts_go_along(tmp_path: Path, packing: str) -> N
     data = make_data(tmp_path, packing, document_mask=True)
     located = data.locate(np.arange(10, 16), PHASES)
     samples = data.read(range(10, 16), PHASES)
-    assert samples.weights is not None
+    assert samples.loss_weights is not None
     assert samples.document_starts is not None
     expected_starts = []
     for row, name in enumerate(located.sources):
         alone = data.sources[name].sequences.read(located.sequences[row : row + 1])
-        assert alone.weights is not None
+        assert alone.loss_weights is not None
         assert alone.document_starts is not None
         assert np.array_equal(samples.tokens[row], alone.tokens[0])
-        assert np.array_equal(samples.weights[row], alone.weights[0])
+        assert np.array_equal(samples.loss_weights[row], alone.loss_weights[0])
         expected_starts += (alone.document_starts[:-1] + row * SEQ_LENGTH).tolist()
     assert samples.document_starts.tolist() == [*expected_starts, 6 * SEQ_LENGTH]
     assert samples.document_starts.dtype == np.int32

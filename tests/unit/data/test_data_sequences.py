@@ -45,7 +45,7 @@ def test_chunks_cross_documents_and_share_one_token(tmp_path: Path) -> None:
     assert sequences.num_sequences == 12
     samples = sequences.read(np.arange(12))
     assert samples.tokens.tolist() == [list(range(i * 8 + 1, i * 8 + 10)) for i in range(12)]
-    assert (samples.tokens.dtype, samples.weights, samples.document_starts) == (np.int64, None, None)
+    assert (samples.tokens.dtype, samples.loss_weights, samples.document_starts) == (np.int64, None, None)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_sequences"), [(9, 1), (16, 1), (17, 2)])
@@ -66,8 +66,8 @@ def test_a_masked_chunk_knows_its_documents(tmp_path: Path) -> None:
     samples = sequences.read(np.array([0, 1, 2]))
     assert samples.document_starts is not None
     assert samples.document_starts.tolist() == [0, 5, 6, 8, 16, 20, 24]
-    assert samples.weights is not None
-    no_label = [np.flatnonzero(row == 0).tolist() for row in samples.weights]
+    assert samples.loss_weights is not None
+    no_label = [np.flatnonzero(row == 0).tolist() for row in samples.loss_weights]
     # The label of each document's last token would be the first of the next.
     assert no_label == [[4, 5, 7], [], [3, 7]]
 
@@ -83,8 +83,10 @@ def test_packed_sequences_are_padded_and_weighed(tmp_path: Path) -> None:
         (1, 2, 3, 4, 5, 25, 26, 27, 28),
         (6, 7, 8, *[PADDING] * 6),
     }
-    assert samples.weights is not None
-    weights = {row[0]: weight.tolist() for row, weight in zip(samples.tokens, samples.weights, strict=True)}
+    assert samples.loss_weights is not None
+    weights = {
+        row[0]: weight.tolist() for row, weight in zip(samples.tokens, samples.loss_weights, strict=True)
+    }
     assert weights[9] == weights[17] == [1] * 8
     assert weights[29] == [1] * 6 + [0, 0]
     assert weights[1] == [1, 1, 1, 1, 0, 1, 1, 1]
@@ -95,8 +97,8 @@ def test_without_a_mask_a_packing_only_leaves_out_its_padding(tmp_path: Path) ->
     sequences = opened(write(tmp_path, [5, 4, 7]), 8, "best_fit", document_mask=False)
     samples = sequences.read(np.arange(sequences.num_sequences))
     assert samples.document_starts is None
-    assert samples.weights is not None
-    assert sorted(samples.weights.sum(1).tolist()) == [6, 8]
+    assert samples.loss_weights is not None
+    assert sorted(samples.loss_weights.sum(1).tolist()) == [6, 8]
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,7 +120,7 @@ def test_pieces_lie_in_one_document_and_make_up_the_tokens(
     edges = np.concatenate([[0], np.cumsum(lengths)])
     for sequence in range(sequences.num_sequences):
         samples = sequences.read(np.array([sequence]))
-        assert samples.weights is not None
+        assert samples.loss_weights is not None
         assert samples.document_starts is not None
         begin, weights, starts = 0, np.zeros(seq_length), []
         for span in sequences.document_spans(sequence):
@@ -130,7 +132,7 @@ def test_pieces_lie_in_one_document_and_make_up_the_tokens(
             starts.append(begin)
             begin = end
         assert samples.tokens[0, begin:].tolist() == [PADDING] * (seq_length + 1 - begin)
-        assert samples.weights[0].tolist() == weights.tolist()
+        assert samples.loss_weights[0].tolist() == weights.tolist()
         starts = [start for start in [*starts, begin] if start < seq_length]
         assert samples.document_starts.tolist() == [*starts, seq_length]
 

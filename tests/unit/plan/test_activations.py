@@ -5,8 +5,8 @@ from shapes import config_of, llama
 
 from distllm.config.schema import Config
 from distllm.config.stages import pipeline_stages
+from distllm.model.families import family_of
 from distllm.plan.activations import (
-    layer_elements_per_token,
     microbatches_in_flight,
     recomputed_elements_per_token,
     stage_elements_per_token,
@@ -21,14 +21,14 @@ def kept(config: Config) -> int:
 
 def test_a_layer_of_llama_8b_by_hand() -> None:
     model = llama("llama3_8b", "world_size=1").model
-    assert layer_elements_per_token(model) == EIGHT_B == 89_088
-    assert layer_elements_per_token(model, tensor=8) == 4 * 4096 + (EIGHT_B - 4 * 4096) // 8
-    assert layer_elements_per_token(model, tensor=8, sequence=True) == EIGHT_B // 8
+    assert family_of(model).activations(model) == EIGHT_B == 89_088
+    assert family_of(model).activations(model, tensor=8) == 4 * 4096 + (EIGHT_B - 4 * 4096) // 8
+    assert family_of(model).activations(model, tensor=8, sequence=True) == EIGHT_B // 8
 
 
 def test_a_layer_of_gpt2_by_hand() -> None:
     model = config_of("model=gpt2_124m", "world_size=1").model
-    assert layer_elements_per_token(model) == (4 + 3 + 1 + 2 * 4) * 768  # no rotation, no gate
+    assert family_of(model).activations(model) == (4 + 3 + 1 + 2 * 4) * 768  # no rotation, no gate
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_recomputed_layers_keep_their_inputs(
     overrides: tuple[str, ...], layers_kept: int, inputs_kept: int
 ) -> None:
     config = config_of(*overrides, "world_size=1")
-    layer = layer_elements_per_token(config.model)
+    layer = family_of(config.model).activations(config.model)
     assert kept(config) == layers_kept * layer + inputs_kept * config.model.hidden_size
     assert recomputed_elements_per_token(config) == (layer if "recompute=full" in overrides else 0)
 
@@ -58,7 +58,7 @@ def test_layers_are_recomputed_in_every_chunk() -> None:
     )
     config = config_of(*chunks, "recompute=full", "recompute.num_layers=1")
     inputs_and_what_is_sent = (2 + 2) * config.model.hidden_size
-    assert kept(config) == 2 * layer_elements_per_token(config.model) + inputs_and_what_is_sent
+    assert kept(config) == 2 * family_of(config.model).activations(config.model) + inputs_and_what_is_sent
 
 
 def test_what_interleaved_chunks_send_is_kept() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from shapes import config_of
+from shapes import config_of, held
 
 from distllm.plan.gradients import backward_gradients, host_bytes, update_gradients
 from distllm.plan.memory import rank_memory
 from distllm.plan.partition import group_partitions, spanned_numel
+from distllm.plan.rank_view import RankView
 
 # A norm of 8 elements, not decayed, and four matrices of 100.
 SHAPES = {"norm.weight": (8,)} | {f"{i}.weight": (10, 10) for i in range(4)}
@@ -44,15 +45,15 @@ def test_gradients_on_the_device_of_two_ranks(
 ) -> None:
     """204 elements in a partition; 208 in the parameters that it spans, since both ranks span the norm."""
     config = config_of(*MICROBATCHES, *overrides, f"zero.stage={stage}")
-    assert backward_gradients(config, SHAPES, 2) == backward
-    assert update_gradients(config, SHAPES, 2) == update
+    assert backward_gradients(config, held(SHAPES), 2) == backward
+    assert update_gradients(config, held(SHAPES), 2) == update
 
 
 def test_a_single_microbatch_is_added_to_nothing() -> None:
     config = config_of(
         *FP32, "zero.stage=2", "world_size=1", "train.global_batch_size=8", "train.micro_batch_size=4"
     )
-    assert backward_gradients(config, SHAPES, 2) == 4 * 208
+    assert backward_gradients(config, held(SHAPES), 2) == 4 * 208
 
 
 @pytest.mark.parametrize(
@@ -66,22 +67,22 @@ def test_a_single_microbatch_is_added_to_nothing() -> None:
 )
 def test_host_memory_beside_the_states(stage: int, overrides: tuple[str, ...], expected: int) -> None:
     config = config_of(*MICROBATCHES, *overrides, OFFLOAD, f"zero.stage={stage}")
-    assert host_bytes(config, SHAPES, 2) == expected
+    assert host_bytes(config, held(SHAPES), 2) == expected
 
 
 def test_parameters_that_are_cut_through_count_whole() -> None:
-    assert group_partitions(SHAPES, 1, 3) == (4, 134)
-    assert spanned_numel(SHAPES, 3) == 8 + 200  # [0, 134), [134, 268), [268, 402) cut two matrices each
-    assert spanned_numel(SHAPES, 8) == 8 + 100  # [50 i, 50 i + 50) lie in one
+    assert group_partitions(held(SHAPES), 1, 3) == [134, 4]
+    assert spanned_numel(held(SHAPES), 3) == 8 + 200  # [0, 134), [134, 268), [268, 402) cut two matrices each
+    assert spanned_numel(held(SHAPES), 8) == 8 + 100  # [50 i, 50 i + 50) lie in one
 
 
 def test_copies_for_the_update_count_where_activations_do_not_cover_them() -> None:
     """At stage 3 on one rank the copy of the gradients is as large as they; activations come first."""
     few = config_of(*FP32, "zero.stage=3", "world_size=1", "train.micro_batch_size=1", "model.seq_length=8")
-    memory = rank_memory(few, 300, 1, 0)
+    memory = rank_memory(RankView.of(few, 300, 1, 0))
     assert memory.update_copies > 0
     assert memory.gradients + memory.activations + memory.loss + memory.update_copies == pytest.approx(
         2 * memory.gradients, rel=1e-3
     )
     many = config_of(*FP32, "zero.stage=3", "world_size=1", "train.micro_batch_size=16")
-    assert rank_memory(many, 300, 1, 0).update_copies == 0
+    assert rank_memory(RankView.of(many, 300, 1, 0)).update_copies == 0

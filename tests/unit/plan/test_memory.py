@@ -1,9 +1,10 @@
 """Bytes per rank against the ZeRO paper and hand-computed layouts of Llama 3."""
 
 import pytest
-from shapes import LLAMA_VOCABULARY, config_of, llama
+from shapes import LLAMA_VOCABULARY, config_of, held, llama
 
 from distllm.plan.memory import estimate_memory, model_states, partition_numel, rank_memory
+from distllm.plan.rank_view import RankView
 
 PAPER = ("train.gradient_accumulation=bf16", "zero.persistence_threshold=0")
 ONE = {"decoder.layers.0.mlp.linear_fc1.weight": (1000, 768)}
@@ -18,7 +19,7 @@ EIGHT_B = 8_030_261_248
 def test_model_states_of_the_zero_paper(stage: int, bytes_per_parameter: float) -> None:
     """arXiv:1910.02054, figure 1: mixed precision with Adam, 2 + 2 + 12 bytes, over 64 ranks."""
     config = config_of("train.precision=bf16", *PAPER, f"zero.stage={stage}", "world_size=1")
-    assert sum(model_states(config, ONE, dp_size=64)) == bytes_per_parameter * PSI
+    assert sum(model_states(config, held(ONE), dp_size=64)) == bytes_per_parameter * PSI
 
 
 def test_the_example_of_the_zero_paper() -> None:
@@ -27,7 +28,7 @@ def test_the_example_of_the_zero_paper() -> None:
     found = [
         sum(
             model_states(
-                config_of("train.precision=bf16", *PAPER, f"zero.stage={s}", "world_size=1"), shapes, 64
+                config_of("train.precision=bf16", *PAPER, f"zero.stage={s}", "world_size=1"), held(shapes), 64
             )
         )
         for s in range(4)
@@ -49,14 +50,16 @@ def test_model_states_by_precision(
     overrides: tuple[str, ...], bytes_per_parameter: tuple[float, ...]
 ) -> None:
     config = config_of(*overrides, "world_size=1")
-    assert model_states(config, ONE, dp_size=4) == tuple(b * PSI for b in bytes_per_parameter)
+    assert model_states(config, held(ONE), dp_size=4) == tuple(b * PSI for b in bytes_per_parameter)
 
 
 def test_padding_is_that_of_deepspeed() -> None:
     shapes = {"a.weight": (5, 5), "a.bias": (3,), "b.weight": (7, 1)}
-    assert partition_numel(shapes, 0, 4) == 35
-    assert partition_numel(shapes, 1, 4) == partition_numel(shapes, 2, 4) == 8 + 2  # (25 + 7) / 4 and 3 / 4
-    assert partition_numel(shapes, 3, 4) == 7 + 1 + 2
+    assert partition_numel(held(shapes), 0, 4) == 35
+    assert (
+        partition_numel(held(shapes), 1, 4) == partition_numel(held(shapes), 2, 4) == 8 + 2
+    )  # (25 + 7) / 4 and 3 / 4
+    assert partition_numel(held(shapes), 3, 4) == 7 + 1 + 2
 
 
 def test_small_parameters_stay_whole_at_stage_3() -> None:
@@ -64,13 +67,13 @@ def test_small_parameters_stay_whole_at_stage_3() -> None:
     config = config_of(
         "train.precision=bf16", "zero.stage=3", "zero.persistence_threshold=1000", "world_size=1"
     )
-    weights, _, _ = model_states(config, shapes, dp_size=10)
+    weights, _, _ = model_states(config, held(shapes), dp_size=10)
     assert weights == 2 * (10 + 100_000 + 100)
 
 
 def test_llama_8b_on_8_ranks_by_hand() -> None:
     config = llama("llama3_8b", "zero.stage=1", "train.micro_batch_size=1", "world_size=8")
-    memory = rank_memory(config, LLAMA_VOCABULARY, 8, 0)
+    memory = rank_memory(RankView.of(config, LLAMA_VOCABULARY, 8, 0))
     assert memory.weights == 2 * EIGHT_B
     assert memory.gradients == 4 * EIGHT_B
     assert memory.optimizer_states == pytest.approx(12 * EIGHT_B / 8, rel=1e-6)
@@ -78,7 +81,9 @@ def test_llama_8b_on_8_ranks_by_hand() -> None:
     # 1,024 tokens at a time; gradients of 8,192 hidden states and of the output layer wait.
     assert memory.loss == 1024 * LLAMA_VOCABULARY * (4 + 2) + (8192 + LLAMA_VOCABULARY) * 4096 * 2
     assert memory.host == 0
-    assert memory.total == sum(estimate_memory(config, LLAMA_VOCABULARY, 8).values())
+    assert memory.total == sum(
+        estimate_memory(config, LLAMA_VOCABULARY, RankView.of(config, LLAMA_VOCABULARY, 8, 0).grid).values()
+    )
 
 
 def test_llama_405b_on_16384_ranks_by_hand() -> None:
@@ -96,9 +101,9 @@ def test_llama_405b_on_16384_ranks_by_hand() -> None:
     )
     hidden, ffn, table = 16_384, 53_248, 128_256 * 16_384
     layer = hidden * (hidden + 2 * 1024) + hidden * hidden + 3 * hidden * ffn
-    first = rank_memory(config, LLAMA_VOCABULARY, 128, 0)
-    middle = rank_memory(config, LLAMA_VOCABULARY, 128, 7)
-    last = rank_memory(config, LLAMA_VOCABULARY, 128, 15)
+    first = rank_memory(RankView.of(config, LLAMA_VOCABULARY, 128, 0))
+    middle = rank_memory(RankView.of(config, LLAMA_VOCABULARY, 128, 7))
+    last = rank_memory(RankView.of(config, LLAMA_VOCABULARY, 128, 15))
     assert first.weights == 2 * ((7 * layer + table) // 8 + 7 * 2 * hidden)
     assert middle.weights == 2 * (8 * layer // 8 + 8 * 2 * hidden)
     assert last.weights == first.weights + 2 * hidden  # the final norm
@@ -113,16 +118,20 @@ def test_llama_405b_on_16384_ranks_by_hand() -> None:
 def test_offloaded_states_are_counted_in_host_memory() -> None:
     config = config_of("zero.offload_optimizer=true", "train.precision=bf16", "world_size=4")
     resident = config_of("train.precision=bf16", "world_size=4")
-    there, here = rank_memory(config, 300, 4, 0), rank_memory(resident, 300, 4, 0)
+    there, here = rank_memory(RankView.of(config, 300, 4, 0)), rank_memory(RankView.of(resident, 300, 4, 0))
     assert (there.optimizer_states, here.host) == (0, 0)
     part = here.optimizer_states // 12
     largest = 1408 * 256  # the first projection of the MLP
     # fp32 gradients to compute with; new bf16 weights, and bf16 gradients, on their way
     assert there.host == here.optimizer_states + 4 * part + 2 * (part + largest)
-    assert "host" not in estimate_memory(config, 300, 4)
+    assert "host" not in estimate_memory(config, 300, RankView.of(config, 300, 4, 0).grid)
 
 
 def test_the_estimate_is_that_of_the_fullest_stage() -> None:
     config = config_of("parallel.pipeline=4", "world_size=4")
-    totals = [rank_memory(config, 300, 1, stage).total for stage in range(4)]
-    assert sum(estimate_memory(config, 300, 1).values()) == max(totals) == totals[0]
+    totals = [rank_memory(RankView.of(config, 300, 1, stage)).total for stage in range(4)]
+    assert (
+        sum(estimate_memory(config, 300, RankView.of(config, 300, 1, 0).grid).values())
+        == max(totals)
+        == totals[0]
+    )

@@ -6,17 +6,17 @@ import pytest
 from shapes import LLAMA_VOCABULARY, config_of, llama
 
 from distllm.config.schema import Config
-from distllm.config.stages import pipeline_stages
-from distllm.model.size import count_parameters
-from distllm.plan.parameters import numel, stage_parameters
+from distllm.layout.grid import Grid
+from distllm.model.parameters import count_parameters
+from distllm.plan.rank_view import RankView, rank_views
 
 VOCABULARY = 300
 GPT2 = ("model=gpt2_124m", "model.num_layers=8")
 
 
 def stages_of(config: Config, vocab_size: int, tensor: int) -> list[int]:
-    stages = pipeline_stages(config.model.num_layers, config.parallel)
-    return [numel(stage_parameters(config.model, stage, vocab_size, tensor)) for stage in stages]
+    grid = Grid(tensor=tensor, pipeline=config.parallel.pipeline)
+    return [view.held.numel for view in rank_views(config, vocab_size, grid)]
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
@@ -36,9 +36,8 @@ def test_stages_add_up_to_the_padded_model(model: tuple[str, ...], pipeline: int
 @pytest.mark.parametrize("model", [(), GPT2], ids=["llama", "gpt2"])
 def test_tensor_ranks_add_up_to_the_model_and_their_replicas(model: tuple[str, ...]) -> None:
     config = config_of(*model, "world_size=1")
-    (stage,) = pipeline_stages(8, config.parallel)
-    whole = stage_parameters(config.model, stage, VOCABULARY, tensor=1)
-    part = stage_parameters(config.model, stage, VOCABULARY, tensor=4)
+    whole = RankView(config, VOCABULARY, Grid(tensor=1), 0).held.shapes
+    part = RankView(config, VOCABULARY, Grid(tensor=4), 0).held.shapes
     assert part.keys() == whole.keys()
     replicas = {name for name in whole if part[name] == whole[name]}
     cut = whole.keys() - replicas

@@ -6,12 +6,11 @@ from hypothesis import strategies as st
 from shapes import LLAMA_VOCABULARY, config_of, llama
 
 from distllm.config.schema import Config
-from distllm.config.stages import pipeline_stages
 from distllm.layout.grid import Grid
 from distllm.layout.traffic import Amount, Transfer, add_up, sent_bytes
 from distllm.plan.communication import busiest_stage, group_sizes, rank_sent_bytes, rank_traffic
 from distllm.plan.gather import gathered_parameters, passes
-from distllm.plan.parameters import numel, stage_parameters
+from distllm.plan.rank_view import RankView
 
 VOCABULARY = 384  # a multiple of what it is padded to
 ONE_MICROBATCH = ("train.global_batch_size=64", "train.micro_batch_size=1")
@@ -19,16 +18,17 @@ ONE_MICROBATCH = ("train.global_batch_size=64", "train.micro_batch_size=1")
 
 def sent(config: Config, dp_size: int, group: str, stage: int = 0, vocabulary: int = VOCABULARY) -> float:
     grid = Grid(dp_size, config.parallel.tensor, config.parallel.pipeline)
-    return rank_sent_bytes(rank_traffic(config, vocabulary, dp_size, stage), grid).get(group, 0.0)
+    return rank_sent_bytes(rank_traffic(RankView.of(config, vocabulary, dp_size, stage)), grid).get(
+        group, 0.0
+    )
 
 
 def traffic_of(*overrides: str, dp_size: int = 1, stage: int = 0) -> dict[Transfer, Amount]:
-    return rank_traffic(config_of(*overrides), VOCABULARY, dp_size, stage)
+    return rank_traffic(RankView.of(config_of(*overrides), VOCABULARY, dp_size, stage))
 
 
 def psi(config: Config) -> int:
-    (stage,) = pipeline_stages(config.model.num_layers, config.parallel)
-    return numel(stage_parameters(config.model, stage, VOCABULARY, 1))
+    return RankView.of(config, VOCABULARY, 1, 0).held.numel
 
 
 def test_volumes_of_the_zero_paper() -> None:
@@ -45,24 +45,22 @@ def test_stage_3_gathers_twice_where_nothing_stays() -> None:
     """For the forward and for the backward pass: with the gradients 3 Psi."""
     untied = ("model.tie_embeddings=false", "zero.persistence_threshold=0")
     config = config_of("zero.stage=3", *untied, "world_size=64", *ONE_MICROBATCH)
-    (stage,) = pipeline_stages(config.model.num_layers, config.parallel)
-    shapes = stage_parameters(config.model, stage, VOCABULARY, 1)
+    view = RankView.of(config, VOCABULARY, 1, 0)
     table = VOCABULARY * config.model.hidden_size
-    all_released = gathered_parameters(config, shapes, stage, 0, 1, max_reuse_numel=0)
-    nothing_released = gathered_parameters(config, shapes, stage, 0, 1)
+    all_released = gathered_parameters(view, 1, max_reuse_numel=0)
+    nothing_released = gathered_parameters(view, 1)
     assert sum(nothing_released) == psi(config)
     assert sum(all_released) == 2 * psi(config)
-    some = gathered_parameters(config, shapes, stage, 0, 1, max_reuse_numel=psi(config))
+    some = gathered_parameters(view, 1, max_reuse_numel=psi(config))
     assert sum(nothing_released) < sum(some) < sum(all_released)
     assert table in nothing_released
 
 
 def test_stage_3_gathers_the_embedding_for_every_microbatch() -> None:
     config = config_of("zero.stage=3", "zero.persistence_threshold=0", "world_size=1")
-    (stage,) = pipeline_stages(config.model.num_layers, config.parallel)
-    shapes = stage_parameters(config.model, stage, VOCABULARY, 1)
+    view = RankView.of(config, VOCABULARY, 1, 0)
     table = VOCABULARY * config.model.hidden_size
-    assert sum(gathered_parameters(config, shapes, stage, 0, 5)) == psi(config) + 4 * table
+    assert sum(gathered_parameters(view, 5)) == psi(config) + 4 * table
 
 
 @pytest.mark.parametrize(("stage", "grows"), [(0, False), (1, False), (2, True), (3, True)])
@@ -109,7 +107,9 @@ def test_tensor_parallel_layers_by_hand() -> None:
         "world_size=8",
     )
     activation = 8192 * 4096 * 2
-    (calls, size) = rank_traffic(config, LLAMA_VOCABULARY, 1, 0)[Transfer("tensor", "all_reduce")]
+    (calls, size) = rank_traffic(RankView.of(config, LLAMA_VOCABULARY, 1, 0))[
+        Transfer("tensor", "all_reduce")
+    ]
     loss_chunks = 8192 // 1047 + 1  # 2^24 logits, 16,032 rows
     assert (calls, size) == (4 * 32 + 2 + 2 * loss_chunks, (4 * 32 + 2) * activation + 12 * 8192)
 
@@ -169,7 +169,7 @@ def test_what_one_stage_sends_another_receives(pipeline: int, chunks: int, more:
     )
     total = {"send": 0, "recv": 0}
     for stage in range(pipeline):
-        for (_, kind), amount in rank_traffic(config, VOCABULARY, 1, stage).items():
+        for (_, kind), amount in rank_traffic(RankView.of(config, VOCABULARY, 1, stage)).items():
             if kind in total:
                 total[kind] += amount.bytes
         run = list(passes(stage, pipeline, config.parallel.virtual_pipeline, microbatches))
@@ -185,8 +185,12 @@ def test_a_single_rank_sends_nothing() -> None:
 
 def test_weights_of_tokens_cost_one_small_sum() -> None:
     config = config_of("zero.stage=0", "world_size=2")
-    without = rank_traffic(config, VOCABULARY, 2, 0, has_weights=False)[Transfer("data", "all_reduce")]
-    with_them = rank_traffic(config, VOCABULARY, 2, 0, has_weights=True)[Transfer("data", "all_reduce")]
+    without = rank_traffic(RankView.of(config, VOCABULARY, 2, 0), has_weights=False)[
+        Transfer("data", "all_reduce")
+    ]
+    with_them = rank_traffic(RankView.of(config, VOCABULARY, 2, 0), has_weights=True)[
+        Transfer("data", "all_reduce")
+    ]
     assert (with_them.calls - without.calls, with_them.bytes - without.bytes) == (1, 8)
 
 
@@ -209,9 +213,10 @@ def test_the_busiest_stage_and_its_groups() -> None:
     config = config_of("parallel.pipeline=4", "model.tie_embeddings=true", "world_size=8")
     grid = Grid(2, 1, 4)
     totals = {
-        s: sum(rank_sent_bytes(rank_traffic(config, VOCABULARY, 2, s), grid).values()) for s in (0, 2, 3)
+        s: sum(rank_sent_bytes(rank_traffic(RankView.of(config, VOCABULARY, 2, s)), grid).values())
+        for s in (0, 2, 3)
     }
     assert totals[busiest_stage(config, VOCABULARY, grid)] == max(totals.values()) > min(totals.values())
     assert group_sizes(grid)["embedding"] == 2
-    middle = rank_traffic(config, VOCABULARY, 2, 1)
+    middle = rank_traffic(RankView.of(config, VOCABULARY, 2, 1))
     assert not any(transfer.group == "embedding" for transfer in middle)

@@ -12,17 +12,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distllm.checkpoint.huggingface.names import Counterpart, Family
-from distllm.checkpoint.huggingface.write import INDEX, WEIGHTS
 from distllm.config.problems import Problem, UserError, user_error
+from distllm.huggingface.config import form_of
+from distllm.huggingface.counterpart import Counterpart
+from distllm.huggingface.write import INDEX, WEIGHTS
 from distllm.layout.place import Shape
 
 # The types whose numbers fp32 holds exactly, as safetensors calls them.
 EXACT_TYPES = ("F32", "BF16", "F16")
 # What earlier versions of transformers stored beside the weights: rotary frequencies and causal masks.
 CONSTANTS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
-# A model without its output projection is stored without this in front of its names.
-PREFIXES: dict[Family, str] = {"llama": "model.", "gpt2": "transformer."}
 MOST_NAMES_SHOWN = 5
 WHOLE_MODEL = "name the folder of a whole model, as Hugging Face's save_pretrained writes it"
 
@@ -87,11 +86,12 @@ def _tensors_of_file(folder: Path, file: str) -> dict[str, Stored]:
 
 
 def match_tensors(
-    folder: Path, family: Family, stored: Mapping[str, Stored], counterparts: Sequence[Counterpart]
+    folder: Path, stored: Mapping[str, Stored], counterparts: Sequence[Counterpart]
 ) -> dict[str, Stored]:
     """The stored tensors by the names of `counterparts`; a user error with all that does not fit them."""
     tensors = {name: tensor for name, tensor in stored.items() if not CONSTANTS.fullmatch(name)}
-    prefix = PREFIXES[family]
+    # A model without its output projection is stored without this in front of its names.
+    prefix = form_of(counterparts[0].model).prefix
     if not any(name.startswith(prefix) for name in tensors):
         tensors = {n if n.startswith("lm_head.") else prefix + n: tensor for n, tensor in tensors.items()}
     wanted = {name: shape for c in counterparts for name, shape in c.their_shapes.items()}

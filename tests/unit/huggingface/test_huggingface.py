@@ -19,15 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from distllm.checkpoint.huggingface.config import dropouts, family_of, from_their_config, to_their_config
-from distllm.checkpoint.huggingface.names import Counterpart, join_qkv, split_qkv
-from distllm.checkpoint.huggingface.read import find_tensors, match_tensors
-from distllm.checkpoint.huggingface.write import plan_files, write_json, write_weights
 from distllm.config import compose
 from distllm.config.problems import UserError
 from distllm.config.schema import Model
+from distllm.huggingface.config import as_exported, dropouts, from_their_config, to_their_config
+from distllm.huggingface.counterpart import Counterpart, counterparts, join_qkv, split_qkv
+from distllm.huggingface.read import find_tensors, match_tensors
+from distllm.huggingface.write import plan_files, write_json, write_weights
 from distllm.layout.place import Shape
-from distllm.verbs.export import whole_model
 
 VOCAB_SIZE = 300  # padded to 384 rows
 LLAMA = ("model=tiny", "model.num_layers=2")
@@ -60,7 +59,7 @@ def model_of(*overrides: str) -> Model:
 
 
 def tensors_of(model: Model, vocab_size: int = VOCAB_SIZE) -> list[Counterpart]:
-    return whole_model(family_of(model), model, vocab_size)
+    return counterparts(model, vocab_size)
 
 
 def their_config(model: Model, vocab_size: int = VOCAB_SIZE) -> dict[str, Any]:
@@ -199,11 +198,11 @@ def test_rows_of_queries_keys_and_values_go_where_they_belong(
 @pytest.mark.parametrize("shape", [*SHAPES, "model=llama3_405b", "model=gpt2_124m"])
 def test_a_model_comes_back_from_its_config(shape: str) -> None:
     model = model_of(*SHAPES.get(shape, (shape,)))
-    family, again = from_their_config(
+    again = from_their_config(
         json.loads(json.dumps(their_config(model))), name=model.name, vocab_multiple=model.vocab_multiple
     )
     # What a family has no use for is not in its config: GPT-2 has no base of rotary positions.
-    assert (family, again) == (family_of(model), model)
+    assert again == as_exported(model) == model
 
 
 # ---------------------------------------------------------------- files
@@ -230,7 +229,7 @@ def test_written_tensors_are_found_again(max_bytes: int, tmp_path: Path) -> None
     tensors = tensors_of(model_of(*LLAMA))
     weights = random_weights(tensors)
     write_weights(tmp_path, tensors, lambda t: weights[t.name], "fp32", max_bytes)
-    stored = match_tensors(tmp_path, "llama", find_tensors(tmp_path), tensors)
+    stored = match_tensors(tmp_path, find_tensors(tmp_path), tensors)
     for tensor in tensors:
         again = tensor.import_tensors({name: stored[name].load() for name in tensor.their_names})
         expected = weights[tensor.name].reshape(tensor.shape)
@@ -279,18 +278,18 @@ def test_tensors_that_do_not_fit_are_named(
 ) -> None:
     tensors = write_model(tmp_path, change)
     with pytest.raises(UserError, match=complaint) as refusal:
-        match_tensors(tmp_path, "llama", find_tensors(tmp_path), tensors)
+        match_tensors(tmp_path, find_tensors(tmp_path), tensors)
     assert len(refusal.value.problems) == 1
 
 
 def test_constants_of_earlier_versions_are_no_weights(tmp_path: Path) -> None:
     tensors = write_model(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    match_tensors(tmp_path, "llama", find_tensors(tmp_path), tensors)
+    match_tensors(tmp_path, find_tensors(tmp_path), tensors)
 
 
 def test_a_model_stored_without_its_head_has_shorter_names(tmp_path: Path) -> None:
     tensors = write_model(tmp_path, {}, prefix="")
-    stored = match_tensors(tmp_path, "llama", find_tensors(tmp_path), tensors)
+    stored = match_tensors(tmp_path, find_tensors(tmp_path), tensors)
     assert stored[Q].name == Q.removeprefix("model.")
 
 
@@ -332,7 +331,7 @@ def test_a_file_that_is_not_there_or_cut_is_named(tmp_path: Path) -> None:
 )
 def test_shapes_that_transformers_has_not_are_refused(overrides: tuple[str, ...], refused: list[str]) -> None:
     with pytest.raises(UserError) as refusal:
-        family_of(model_of(*overrides))
+        as_exported(model_of(*overrides))
     assert [str(problem).splitlines()[0] for problem in refusal.value.problems] == refused
     assert all("distllm exports Llama (" in problem.fix for problem in refusal.value.problems)
 
@@ -399,7 +398,7 @@ def test_the_base_of_rotary_positions_is_read_in_every_spelling(spelling: str) -
     del raw["rope_theta"], raw["rope_parameters"]
     inner = {"rope_theta": 123.0, "rope_type": "default"}
     raw |= {"rope_theta": {"rope_theta": 123.0}, "nowhere": {}}.get(spelling, {spelling: inner})
-    base = from_their_config(raw, name="x", vocab_multiple=128)[1].rope_base
+    base = from_their_config(raw, name="x", vocab_multiple=128).rope_base
     theirs = LlamaConfig.from_dict(dict(raw)).rope_parameters["rope_theta"]
     assert base == theirs == (10000.0 if spelling == "nowhere" else 123.0)
 

@@ -1,18 +1,14 @@
 """Parameter counts against what is published, operations against a count of the matrix products."""
 
-from pathlib import Path
-
 import pytest
-import yaml
 
+from distllm.config import compose
 from distllm.config.schema import Model
-from distllm.model.size import count_parameters, flops_per_token
-
-CONF = Path(__file__).parents[3] / "conf" / "model"
+from distllm.model.parameters import count_parameters, flops_per_token
 
 
 def shape(name: str) -> Model:
-    return Model(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return compose.load(compose.parse("generate", [f"model={name}"])).model
 
 
 @pytest.mark.parametrize(

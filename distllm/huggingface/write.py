@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distllm.checkpoint.huggingface.names import Counterpart
+from distllm.huggingface.counterpart import Counterpart
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,47 @@
+"""What one forward pass on one rank is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Sequences of one forward pass on one rank.
+
+    tokens: [micro_batch, seq + 1] integers; inputs are all but the last, labels all but the first.
+    loss_weights: [micro_batch, seq] of each label in sums over tokens, not below 0; None means all count.
+    document_starts: [num_documents + 1] int32 on the device of the tokens, rising from 0 to micro_batch *
+    seq: where documents begin in the inputs, sequence after sequence. Attention and positions start anew in
+    each. Every sequence begins one. None means that a sequence is one document.
+    """
+
+    tokens: Tensor
+    loss_weights: Tensor | None = None
+    document_starts: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.tokens[:, :-1].contiguous()
+
+    @property
+    def labels(self) -> Tensor:
+        return self.tokens[:, 1:].contiguous()
+
+    @property
+    def positions(self) -> Tensor:
+        """[micro_batch, seq], for learned embeddings.
+
+        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good,
+        up to rounding: scores depend on differences of positions, equal inside a document.
+        """
+        batch, seq = self.tokens.size(0), self.tokens.size(1) - 1
+        if self.document_starts is None:
+            return torch.arange(seq, device=self.tokens.device).expand(batch, seq)
+        starts = self.document_starts.long()
+        flat = torch.arange(batch * seq, device=self.tokens.device)
+        document = torch.searchsorted(starts, flat, right=True) - 1
+        return (flat - starts[document]).view(batch, seq)

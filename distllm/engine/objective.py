@@ -1,0 +1,72 @@
+"""What a job trains for: what a microbatch is, and what its loss is. Implementations are in `objectives/`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distllm.config.schema import Config
+from distllm.engine.microbatch import Microbatch
+from distllm.layout.groups import Groups
+
+
+class Objective(ABC):
+    """The defaults are those of a mean over tokens: an objective overrides what it does otherwise."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def microbatch(
+        self,
+        tokens: Tensor,
+        loss_weights: Tensor | None,
+        document_starts: Tensor | None,
+    ) -> Microbatch:
+        """What sequences are to the model, on the device, as they are read (data/sequences.py: Samples)."""
+        return Microbatch(tokens, loss_weights, document_starts)
+
+    def prepare(self, microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
+        """This rank's microbatches of a step, before the first forward pass. Collective over `groups.loss`.
+
+        Here: weights of labels such that the sum over the global batch is the mean loss.
+        """
+        return normalized_weights(microbatches, groups)
+
+    @abstractmethod
+    def loss_weights(self, batch: Microbatch) -> Tensor | None:
+        """[micro_batch, seq] by which the last chunk sums up the losses of tokens, so that their logits never
+        exist all at once. None: `loss` gets the losses of all tokens, [micro_batch, seq], with gradients: the
+        negative of the tokens' log-probabilities."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, batch: Microbatch) -> Tensor:
+        """The loss of a microbatch, one fp32 number with gradients, whose mean over the microbatches and over
+        the data-parallel ranks is the loss of the step. output: see `loss_weights`."""
+
+    def validation_sums(self, losses: Tensor, batch: Microbatch) -> Tensor:
+        """[sum of weight * loss, sum of weights] in fp64. losses: of all tokens, [micro_batch, seq]."""
+        weights = batch.loss_weights if batch.loss_weights is not None else torch.ones_like(losses)
+        return torch.stack([(losses.double() * weights).sum(), weights.double().sum()])
+
+
+def normalized_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
+    """Weights whose sums, in the mean over microbatches and data-parallel ranks, are 1 for the global batch;
+    all 0 if they were. Waits for no device."""
+    weights = [batch.loss_weights for batch in microbatches if batch.loss_weights is not None]
+    if not weights:
+        labels = microbatches[0].labels
+        even = torch.full(labels.shape, 1 / labels.numel(), device=labels.device)
+        return [replace(batch, loss_weights=even) for batch in microbatches]
+    assert len(weights) == len(microbatches), "only some microbatches have weights"
+    total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
+    dist.all_reduce(total, group=groups.loss.group)
+    # Not `where` with a number, which is copied to the device, and that waits for the device.
+    scale = (len(microbatches) * groups.loss.size / total).masked_fill(total <= 0, 0.0).float()
+    return [
+        replace(batch, loss_weights=w.float() * scale) for batch, w in zip(microbatches, weights, strict=True)
+    ]
