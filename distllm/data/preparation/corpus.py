@@ -25,7 +25,7 @@ from distllm.data.preparation.token_files import describe
 from distllm.data.preparation.units import unit_bytes_of
 from distllm.data.preparation.workers import make_pieces
 from distllm.data.prepared import Split
-from distllm.data.sources import InputFile, list_files, plan_units
+from distllm.data.sources import InputFile, kind_of, list_files, plan_units
 from distllm.data.sources.files import input_file
 from distllm.data.tokenizer import TextTokenizer
 
@@ -62,7 +62,7 @@ class Corpus:
         """User errors: those of `list_files`."""
         source = data.named_sources[name]
         files = list_files(source)
-        if source.source == "megatron":
+        if kind_of(source).is_tokenized:
             files = [*files, input_file(index_file(files[0]))]
         settings = {
             "format": FORMAT_VERSION,
@@ -83,7 +83,7 @@ class Corpus:
     @property
     def is_tokenized(self) -> bool:
         """By another tool."""
-        return self.source.source == "megatron"
+        return kind_of(self.source).is_tokenized
 
     @property
     def pieces(self) -> Path:
