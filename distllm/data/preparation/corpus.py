@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -159,17 +158,9 @@ class Corpus:
 
     def _check_unchanged(self) -> None:
         """User error: a file is not what it was at the start, so the key would name what is not there."""
-        for file in self.files:
-            if file.modified_ns is None:
-                continue
-            try:
-                status = os.stat(file.path)
-                changed = (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns)
-            except OSError:
-                changed = True
-            if changed:
-                rule = f"no file may change while it is read; {file.path} has"
-                raise user_error("data.path", self.source.path, rule, "run it again once nobody writes there")
+        if changed := kind_of(self.source).changed_file(self.source, self.files):
+            rule = f"no file may change while it is read; {changed.path} has"
+            raise user_error("data.path", self.source.path, rule, "run it again once nobody writes there")
 
 
 def _plain(split: Split) -> dict[str, Any]:

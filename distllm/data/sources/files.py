@@ -45,3 +45,11 @@ def files_of(path: str, paths: list[Path]) -> list[InputFile]:
 def input_file(path: Path) -> InputFile:
     status = path.stat()
     return InputFile(str(path), status.st_size, status.st_mtime_ns)
+
+
+def has_changed(file: InputFile) -> bool:
+    """Whether it is not what it was when it was listed; a file that is gone has changed."""
+    try:
+        return input_file(Path(file.path)) != file
+    except OSError:
+        return True

@@ -15,7 +15,7 @@ from distllm.config.data_schema import Source
 from distllm.config.problems import Problem
 from distllm.config.registry import SOURCES
 from distllm.data.sources.documents import InputFile, Rows, Unit
-from distllm.data.sources.files import files_of, is_matched, matching_paths
+from distllm.data.sources.files import files_of, has_changed, is_matched, matching_paths
 from distllm.data.sources.ranges import Range
 
 
@@ -67,6 +67,10 @@ class SourceKind:
         A function of the file alone: every machine must cut it alike.
         """
         yield from ()
+
+    def changed_file(self, source: Source, files: list[InputFile]) -> InputFile | None:
+        """The first of `files` that is not what it was when it was listed, if that can be told."""
+        return next((file for file in files if file.modified_ns is not None and has_changed(file)), None)
 
     def may_be_blank(self, file: InputFile) -> bool:
         """Whether a file that gives no row, but is not without a byte, is nothing bad."""
