@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from distllm.config.data_schema import Source, SourceKind
+from distllm.config.data_schema import Source
 from distllm.data.sources import Document, Rejected, UnitEnd, list_files, plan_units, read_unit
 
 WHOLE = 1 << 40
@@ -23,7 +23,7 @@ TEXTS = [
 
 
 def source(
-    kind: SourceKind,
+    kind: str,
     path: Path | str | None,
     text_field: str = "text",
     subset: str | None = None,

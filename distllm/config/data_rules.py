@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from distllm.config.data_schema import Source
 from distllm.config.problems import Problem
+from distllm.config.registry import SOURCES
 
 if TYPE_CHECKING:
     from distllm.config.schema import Config
@@ -25,16 +24,7 @@ def placed_sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 def source_paths(config: Config, _: int) -> Iterator[Problem]:
     for place, source in placed_sources(config):
-        if source.source == "stdlib" and source.path is not None:
-            rule = f"must be null for {place}.source=stdlib, which finds its files itself"
-            fix = "data=text, data=jsonl or data=parquet, with this data.path"
-            yield Problem(f"{place}.path", source.path, rule, fix)
-        elif source.source == "huggingface" and not source.path:
-            fix = f"{place}.path=NAME of a data set, or a local folder"
-            yield Problem(f"{place}.path", source.path, f"is required for {place}.source=huggingface", fix)
-        elif source.source != "stdlib" and not source.path:
-            rule = f"is required for {place}.source={source.source}"
-            yield Problem(f"{place}.path", source.path, rule, f"{place}.path='FOLDER/**/*', a glob of files")
+        yield from SOURCES[source.source].problems(place, source)
 
 
 def mixture(config: Config, _: int) -> Iterator[Problem]:
@@ -80,23 +70,16 @@ def mixture_changes(config: Config, _: int) -> Iterator[Problem]:
 
 
 def megatron_tokenizer(config: Config, _: int) -> Iterator[Problem]:
-    """Its tokens are made already, and hold no text to train a tokenizer on."""
-    kinds = {source.source for _, source in placed_sources(config)}
+    """Where the tokens are made already, there is no text to train a tokenizer on."""
+    kinds = [source.source for _, source in placed_sources(config)]
+    tokenized = [kind for kind in kinds if SOURCES[kind].is_tokenized]
     tokenizer = config.tokenizer
-    if "megatron" in kinds and tokenizer.kind == "bpe" and tokenizer.path is None:
-        rule = "a BPE cannot be trained for data.source=megatron, whose tokens were made with another"
+    if tokenized and tokenizer.kind == "bpe" and tokenizer.path is None:
+        rule = f"a BPE cannot be trained for data.source={tokenized[0]}, whose tokens were made with another"
         fix = "tokenizer=huggingface tokenizer.path=FOLDER of the tokenizer that made the tokens"
         yield Problem("tokenizer.kind", tokenizer.kind, rule, fix)
 
 
 def data_found(config: Config, _: int) -> Iterator[Problem]:
     for place, source in placed_sources(config):
-        if source.source in ("stdlib", "huggingface") or not source.path:
-            continue
-        pattern = os.path.expanduser(source.path)
-        if os.path.isfile(pattern):
-            continue
-        if not any(os.path.isfile(file) for file in glob.iglob(pattern, recursive=True)):
-            rule = f"must match files; none does, seen from {os.getcwd()}"
-            fix = f"{place}.path='FOLDER/**/*.txt', quoted for the shell"
-            yield Problem(f"{place}.path", source.path, rule, fix)
+        yield from SOURCES[source.source].environment_problems(place, source)

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from distllm.config.registry import SOURCES
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-SourceKind = Literal["text", "jsonl", "parquet", "arrow", "megatron", "huggingface", "stdlib"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -33,7 +33,7 @@ class Source:
     shuffle: whether every epoch has an order of its own; else all go in the order of the documents.
     """
 
-    source: SourceKind
+    source: Annotated[str, SOURCES.choice()]
     path: str | None = None
     text_field: str = "text"
     subset: str | None = None
@@ -65,7 +65,7 @@ class Data:
     cache: folder of prepared corpora and trained tokenizers, keyed by content; shared between runs.
     """
 
-    source: SourceKind | Literal["mixture"]
+    source: Annotated[str, SOURCES.choice("mixture")]
     path: str | None
     text_field: str
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 PLUGINS = "DISTLLM_PLUGINS"
@@ -44,19 +44,19 @@ class Registry:
             part = self._parts[name] = getattr(importlib.import_module(module), attribute)
         return part
 
-    def choice(self, *others: str) -> AfterValidator:
+    def choice(self, *others: str) -> BeforeValidator:
         """For the annotation of a setting that holds one of the names, or one of `others`."""
 
-        def check(value: str) -> str:
+        def check(value: object) -> object:
             names = [*self._parts, *others]
             if value not in names:
-                nearest = [*difflib.get_close_matches(value, names, n=1), names[0]][0]
+                nearest = [*difflib.get_close_matches(str(value), names, n=1), names[0]][0]
                 listed = [f"'{name}'" for name in names]
                 rule = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
                 raise PydanticCustomError("choice", "must be {rule}", {"rule": rule, "nearest": nearest})
             return value
 
-        return AfterValidator(check)
+        return BeforeValidator(check)  # before: what is no string at all gets the list of names too
 
 
 def load_plugins() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from distllm.config import schema
 from distllm.config.data_schema import Source
 from distllm.data.cache import digest
-from distllm.data.sources import InputFile
+from distllm.data.sources import InputFile, kind_of
 
 FORMAT_VERSION = 2  # raise it when the same settings and inputs come to give other files
 
@@ -28,17 +28,17 @@ def document_settings(
     source: Source, data: schema.Data, preparation: schema.Preparation, files: list[InputFile]
 ) -> dict[str, Any]:
     """What decides which documents there are and on which side each falls."""
-    has_text_field = source.source in ("jsonl", "parquet", "arrow", "huggingface")
     described = [[file.path, file.num_bytes, file.modified_ns] for file in files]
     return {
         "source": source.source,
-        "text_field": source.text_field if has_text_field else None,
+        "text_field": None,  # and "python": of the kinds that say so; left out, it would be another key
         "subset": source.subset,
         "split": source.split,
         "validation_fraction": data.validation_fraction,
         "max_document_bytes": preparation.max_document_bytes,
-        "python": sys.version if source.source == "stdlib" else None,
+        "python": None,
         "files": digest(json.dumps(described).encode()),
+        **kind_of(source).identity(source),
     }
 
 

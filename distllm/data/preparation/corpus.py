@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from distllm.data.preparation.token_files import describe
 from distllm.data.preparation.units import unit_bytes_of
 from distllm.data.preparation.workers import make_pieces
 from distllm.data.prepared import Split
-from distllm.data.sources import InputFile, list_files, plan_units
+from distllm.data.sources import InputFile, kind_of, list_files, plan_units
 from distllm.data.sources.files import input_file
 from distllm.data.tokenizer import TextTokenizer
 
@@ -62,7 +61,7 @@ class Corpus:
         """User errors: those of `list_files`."""
         source = data.named_sources[name]
         files = list_files(source)
-        if source.source == "megatron":
+        if kind_of(source).is_tokenized:
             files = [*files, input_file(index_file(files[0]))]
         settings = {
             "format": FORMAT_VERSION,
@@ -83,7 +82,7 @@ class Corpus:
     @property
     def is_tokenized(self) -> bool:
         """By another tool."""
-        return self.source.source == "megatron"
+        return kind_of(self.source).is_tokenized
 
     @property
     def pieces(self) -> Path:
@@ -159,17 +158,9 @@ class Corpus:
 
     def _check_unchanged(self) -> None:
         """User error: a file is not what it was at the start, so the key would name what is not there."""
-        for file in self.files:
-            if file.modified_ns is None:
-                continue
-            try:
-                status = os.stat(file.path)
-                changed = (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns)
-            except OSError:
-                changed = True
-            if changed:
-                rule = f"no file may change while it is read; {file.path} has"
-                raise user_error("data.path", self.source.path, rule, "run it again once nobody writes there")
+        if changed := kind_of(self.source).changed_file(self.source, self.files):
+            rule = f"no file may change while it is read; {changed.path} has"
+            raise user_error("data.path", self.source.path, rule, "run it again once nobody writes there")
 
 
 def _plain(split: Split) -> dict[str, Any]:

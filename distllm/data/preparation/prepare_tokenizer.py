@@ -15,7 +15,7 @@ from distllm.data.cache import build_once
 from distllm.data.preparation.cache_key import FORMAT_VERSION, cache_folder, document_settings, libraries
 from distllm.data.preparation.splits import is_held_out
 from distllm.data.preparation.units import unit_bytes_of
-from distllm.data.sources import Document, InputFile, list_files, plan_units, read_unit
+from distllm.data.sources import Document, InputFile, kind_of, list_files, plan_units, read_unit
 from distllm.data.tokenizer import TextTokenizer
 from distllm.data.tokenizer_training import byte_tokenizer, train_bpe
 
@@ -36,7 +36,7 @@ def prepare_tokenizer(
     if tokenizer.kind == "huggingface":
         raise user_error("tokenizer.path", None, "must name the tokenizer's folder", "tokenizer.path=FOLDER")
     trained = tokenizer.kind == "bpe"
-    sources = [source for source in data.named_sources.values() if source.source != "megatron"]
+    sources = [source for source in data.named_sources.values() if not kind_of(source).is_tokenized]
     corpora = [(source, list_files(source)) for source in sources] if trained else []
     settings: dict[str, Any] = {"format": FORMAT_VERSION, "tokenizer": asdict(tokenizer)}
     if trained:

@@ -10,10 +10,9 @@ from typing import Any
 
 from distllm.config.data_schema import Source
 from distllm.config.problems import UserError, user_error
-from distllm.data.sources import Rejected
+from distllm.data.sources import Rejected, kind_of
 
 FILE = "quarantine.jsonl"
-JSON_LINES = "jsonl"
 
 
 class BadInputError(Exception):
@@ -52,7 +51,7 @@ def entry_of(rejected: Rejected) -> dict[str, Any]:
 def absolute(entry: dict[str, Any], path: str, first_row: int, source: Source) -> dict[str, Any]:
     """As it stands in the end: the file by its path, the row as the file counts it, and its line."""
     row = None if entry["row"] is None else entry["row"] + first_row
-    line = {"line": None if row is None else row + 1} if source.source == JSON_LINES else {}
+    line = {"line": None if row is None else row + 1} if kind_of(source).counts_lines else {}
     return {"file": path, "row": row, **line, "reason": entry["reason"], "detail": entry["detail"]}
 
 

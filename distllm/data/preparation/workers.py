@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from queue import Empty, SimpleQueue
 
 from distllm.config.problems import user_error
+from distllm.config.registry import load_plugins
 from distllm.data.preparation.pieces import Work, remove_unfinished, write_piece
 from distllm.data.preparation.progress import PROGRESS_SECONDS, Counters, Progress
 from distllm.data.tokenizer import CHARACTERS_PER_BATCH, TextTokenizer
@@ -151,6 +152,7 @@ _worker: tuple[Work, Counters, TextTokenizer]
 def _start(work: Work, counters: Counters, parent: int, num_threads: int) -> None:
     global _worker
     die_with(parent)
+    load_plugins()
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(num_threads)
     _worker = work, counters, TextTokenizer.load(work.tokenizer_folder, work.end_of_document)

@@ -13,7 +13,7 @@ LONGEST_DETAIL = 200
 class InputFile:
     """path: absolute; of a Hugging Face data set "NAME[/SUBSET]:SPLIT" and the shard.
 
-    num_bytes: 0 where unknown. modified_ns: time of the last change; None where unknown.
+    num_bytes: 0 where unknown. modified_ns: time of the last change; None where both are unknown.
     """
 
     path: str

@@ -1,44 +1,24 @@
-"""The files of a source, sorted by path."""
+"""Files that a glob names, sorted by path."""
 
 from __future__ import annotations
 
 import glob
 import os
-import sysconfig
 from pathlib import Path
 
-from distllm.config.data_schema import Source
 from distllm.config.problems import user_error
 from distllm.data.sources.documents import InputFile
-from distllm.data.sources.huggingface import list_shards
 
 
-def list_files(source: Source) -> list[InputFile]:
-    """The files that hold the documents, sorted by path; of `megatron`, the one .bin.
-
-    User errors: no file matches, or only empty ones; a data set, subset or split that is not there.
-    """
-    if source.source == "stdlib":
-        return [input_file(path) for path in _standard_library_paths()]
-    if source.source == "huggingface":
-        return list_shards(source)
-    assert source.path is not None, f"rules.py must refuse data.source={source.source} without source.path"
-    paths = _matching_paths(source.path)
-    if source.source == "megatron":
-        paths = [_token_file(source.path, paths)]
-    files = [input_file(path) for path in paths]
-    if not any(file.num_bytes for file in files):
-        rule, fix = f"all {len(files)} files are empty", "name files with text"
-        raise user_error("data.path", source.path, rule, fix)
-    return files
+def is_matched(path: str) -> bool:
+    """Whether there is a file at all; looks no further than to the first."""
+    pattern = os.path.expanduser(path)
+    if os.path.isfile(pattern):
+        return True
+    return any(os.path.isfile(file) for file in glob.iglob(pattern, recursive=True))
 
 
-def input_file(path: Path) -> InputFile:
-    status = path.stat()
-    return InputFile(str(path), status.st_size, status.st_mtime_ns)
-
-
-def _matching_paths(path: str) -> list[Path]:
+def matching_paths(path: str) -> list[Path]:
     """Absolute and sorted. User error: there is none."""
     pattern = os.path.expanduser(path)
     # A file whose name holds [ or * is meant literally.
@@ -53,19 +33,23 @@ def _matching_paths(path: str) -> list[Path]:
     return paths
 
 
-def _token_file(path: str, paths: list[Path]) -> Path:
-    token_files = [path for path in paths if path.suffix == ".bin"]
-    if len(token_files) != 1:
-        rule = f"must match one .bin file of tokens; it matches {[file.name for file in token_files][:5]}"
-        raise user_error("data.path", path, rule, "data.path=FOLDER/NAME.bin; several make a mixture")
-    index = token_files[0].with_suffix(".idx")
-    if not index.is_file():
-        rule = f"needs its index beside it, {index}"
-        raise user_error("data.path", path, rule, "copy the .idx that was written with the .bin")
-    return token_files[0]
+def files_of(path: str, paths: list[Path]) -> list[InputFile]:
+    """Size and time of the files `paths` that the glob `path` names. User error: all of them are empty."""
+    files = [input_file(file) for file in paths]
+    if not any(file.num_bytes for file in files):
+        rule, fix = f"all {len(files)} files are empty", "name files with text"
+        raise user_error("data.path", path, rule, fix)
+    return files
 
 
-def _standard_library_paths() -> list[Path]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    installed = {"site-packages", "dist-packages"}
-    return sorted(f for f in folder.rglob("*.py") if not installed & set(f.relative_to(folder).parts))
+def input_file(path: Path) -> InputFile:
+    status = path.stat()
+    return InputFile(str(path), status.st_size, status.st_mtime_ns)
+
+
+def has_changed(file: InputFile) -> bool:
+    """Whether it is not what it was when it was listed; a file that is gone has changed."""
+    try:
+        return input_file(Path(file.path)) != file
+    except OSError:
+        return True

@@ -8,89 +8,110 @@ holds a whole row group in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from distllm.config.data_schema import Source
-from distllm.config.problems import UserError, user_error
+from distllm.config.problems import Problem, UserError, user_error
 from distllm.data.sources import huggingface_splits
-from distllm.data.sources.documents import InputFile, Rejected, Rows, unreadable
-from distllm.data.sources.tables import column_problem, decoded_document, encoded_texts
+from distllm.data.sources.documents import InputFile, Rejected, Rows, Unit, unreadable
+from distllm.data.sources.ranges import Range, even_ranges
+from distllm.data.sources.source_kind import SourceKind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCH_ROWS = 128
 
 
-def list_shards(source: Source) -> list[InputFile]:
-    """The data files of a split, each a shard, in the library's order; a saved data set is one file.
+class HuggingFace(SourceKind):
+    def problems(self, place: str, source: Source) -> Iterator[Problem]:
+        if not source.path:
+            rule = f"is required for {place}.source={source.source}"
+            fix = f"{place}.path=NAME of a data set, or a local folder"
+            yield Problem(f"{place}.path", source.path, rule, fix)
 
-    User errors: data set, subset, split or column that is not there; the hub cannot be reached.
-    """
-    huggingface_splits.open_split.cache_clear()  # it may have changed since
-    dataset, files = huggingface_splits.open_split(source)
-    _check_column(source, dataset)
-    return files
+    def environment_problems(self, place: str, source: Source) -> Iterator[Problem]:
+        """To ask the library, or even the hub, takes seconds: `list_files` tells what is not there."""
+        yield from ()
+
+    def list_files(self, source: Source) -> list[InputFile]:
+        """The data files of a split, each a shard, in the library's order; a saved data set is one file.
+
+        User errors: data set, subset, split or column that is not there; the hub cannot be reached.
+        """
+        huggingface_splits.open_split.cache_clear()  # it may have changed since
+        dataset, files = huggingface_splits.open_split(source)
+        _check_column(source, dataset)
+        return files
+
+    def ranges(self, source: Source, file: InputFile, unit_bytes: int) -> Iterator[Range]:
+        """A saved data set can be cut between any two rows; no other can."""
+        if _is_saved(source):
+            num_rows = len(huggingface_splits.open_split(source)[0])
+            yield from even_ranges(num_rows, file.num_bytes, unit_bytes)
+
+    def changed_file(self, source: Source, files: list[InputFile]) -> InputFile | None:
+        """Lists them again: the path of a shard is not one of this machine."""
+        if all(file.modified_ns is None for file in files):
+            return None  # of the hub, whose addresses hold the commit
+        present_files = self.list_files(source)
+        return next((file for file in files if file not in present_files), None)
+
+    def read(
+        self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
+    ) -> Rows:
+        """User errors: the data set has changed since the files were listed; the hub cannot be reached any
+        more.
+        """
+        import pyarrow as pa
+
+        from distllm.data.sources.columns import column_problem, decoded_document, encoded_texts
+
+        row = 0
+        try:
+            dataset, present_files = huggingface_splits.open_split(source)
+            if len(present_files) != len(files) or present_files[file] != files[file]:
+                rule = f"must not change while it is read; {files[file].path} has"
+                raise user_error("data.path", source.path, rule, "start again")
+            for table in _tables(source, dataset, file, len(files), unit):
+                problem = column_problem(table.schema, source.text_field)
+                if problem:
+                    yield Rejected(file, None, *problem)
+                    break
+                for column in table.column(source.text_field).chunks:
+                    for encoded in encoded_texts(column):
+                        yield decoded_document(encoded, file, row, max_document_bytes)
+                        row += 1
+        except UserError:
+            raise
+        except Exception as error:
+            # The library passes on what pyarrow, fsspec and the decompressors raise, each of another kind.
+            is_of_the_data = isinstance(error, ValueError | pa.ArrowException)
+            if huggingface_splits.local_folder(source) is None and not is_of_the_data:
+                # The net is at fault, not the data: what is left out now would be missing for good.
+                raise huggingface_splits.unreachable(source, error) from error
+            yield unreadable(file, error, f"after row {row}")
+        return row
 
 
-def num_rows(source: Source) -> int | None:
-    """Of a saved data set, which can be cut into ranges of rows; None of any other."""
+def _is_saved(source: Source) -> bool:
     folder = huggingface_splits.local_folder(source)
-    return (
-        len(huggingface_splits.open_split(source)[0])
-        if folder and huggingface_splits.is_saved(folder)
-        else None
-    )
+    return folder is not None and huggingface_splits.is_saved(folder)
 
 
-def read_shard(
-    source: Source, files: list[InputFile], file: int, start: int | None, stop: int | None, limit: int | None
-) -> Rows:
-    """The rows of shard `file` of `files`, or [start, stop) of a saved data set. limit: bytes of a text.
-
-    User errors: the data set has changed since the files were listed; the hub cannot be reached any more.
-    """
-    row = 0
-    try:
-        dataset, present_files = huggingface_splits.open_split(source)
-        if len(present_files) != len(files) or present_files[file] != files[file]:
-            rule = f"must not change while it is read; {files[file].path} has"
-            raise user_error("data.path", source.path, rule, "start again")
-        for table in _tables(source, dataset, file, len(files), start, stop):
-            problem = column_problem(table.schema, source.text_field)
-            if problem:
-                yield Rejected(file, None, *problem)
-                break
-            for column in table.column(source.text_field).chunks:
-                for encoded in encoded_texts(column):
-                    yield decoded_document(encoded, file, row, limit)
-                    row += 1
-    except UserError:
-        raise
-    except Exception as error:
-        # The library passes on what pyarrow, fsspec and the decompressors raise, each of another kind.
-        if huggingface_splits.local_folder(source) is None and not isinstance(
-            error, ValueError | pa.ArrowException
-        ):
-            # The net is at fault, not the data: what is left out now would be missing for good.
-            raise huggingface_splits.unreachable(source, error) from error
-        yield unreadable(file, error, f"after row {row}")
-    return row
-
-
-def _tables(
-    source: Source, dataset: Any, file: int, num_files: int, start: int | None, stop: int | None
-) -> Iterator[pa.Table]:
-    folder = huggingface_splits.local_folder(source)
+def _tables(source: Source, dataset: Any, file: int, num_files: int, unit: Unit) -> Iterator[pa.Table]:
     dataset = dataset.select_columns([source.text_field]).with_format("arrow")
-    if folder is None or not huggingface_splits.is_saved(folder):
+    if not _is_saved(source):
         yield from dataset.shard(num_shards=num_files, index=file).iter(BATCH_ROWS)
         return
-    stop = len(dataset) if stop is None else stop
-    for first in range(start or 0, stop, BATCH_ROWS):
+    stop = len(dataset) if unit.stop is None else unit.stop
+    for first in range(unit.start or 0, stop, BATCH_ROWS):
         yield dataset[first : min(first + BATCH_ROWS, stop)]
 
 
 def _check_column(source: Source, dataset: Any) -> None:
+    from distllm.data.sources.columns import column_problem
+
     schema = dataset.features.arrow_schema if dataset.features else None
     if schema is None:
         try:
@@ -102,3 +123,6 @@ def _check_column(source: Source, dataset: Any) -> None:
     if problem:
         fix = "data.text_field=NAME with the column of the text"
         raise user_error("data.text_field", source.text_field, f"must be a column of text; {problem[1]}", fix)
+
+
+HUGGINGFACE = HuggingFace()

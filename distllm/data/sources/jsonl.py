@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import BinaryIO
 
+from distllm.config.data_schema import Source
 from distllm.data.sources.documents import (
     Document,
+    InputFile,
     Rejected,
     Rows,
+    Unit,
     checked_document,
     too_long,
     unreadable,
 )
-from distllm.data.sources.packed import READ_ERRORS, open_unpacked
+from distllm.data.sources.packed import READ_ERRORS, is_packed, open_unpacked
+from distllm.data.sources.ranges import Range, even_ranges
+from distllm.data.sources.source_kind import SourceKind
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PIECE_BYTES = 1 << 20
@@ -23,13 +29,31 @@ ESCAPED_BYTES = 6
 OTHER_FIELDS_BYTES = 1 << 20
 
 
-def read(
+class JsonLines(SourceKind):
+    counts_lines = True
+
+    def ranges(self, source: Source, file: InputFile, unit_bytes: int) -> Iterator[Range]:
+        if not is_packed(file.path):
+            yield from even_ranges(file.num_bytes, file.num_bytes, unit_bytes)
+
+    def may_be_blank(self, file: InputFile) -> bool:
+        """Plain, it could be cut: blank lines are nothing in any part of a file, so neither in all of it."""
+        return not is_packed(file.path)
+
+    def read(
+        self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
+    ) -> Rows:
+        path = files[file].path
+        return _read_lines(path, file, source.text_field, max_document_bytes, unit.start, unit.stop)
+
+
+def _read_lines(
     path: str,
     file: int,
     text_field: str,
     max_document_bytes: int | None,
-    start: int | None = None,
-    stop: int | None = None,
+    start: int | None,
+    stop: int | None,
 ) -> Rows:
     """The lines of a file, or those that start at its bytes [start, stop)."""
     row = 0
@@ -102,3 +126,6 @@ def _parse(
     if text is not None and not isinstance(text, str):
         return Rejected(file, row, "not text", f"{text_field!r} holds a {type(text).__name__}")
     return checked_document(text or "", file, row, max_document_bytes)
+
+
+JSONL = JsonLines()

@@ -9,9 +9,10 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BUFFER_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16
@@ -21,7 +22,9 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def _open_zstd(path: str) -> pa.NativeFile:
-    return pa.CompressedInputStream(pa.OSFile(path), "zstd")  # Python has none of its own before 3.14
+    import pyarrow as pa  # Python has no zstd of its own before 3.14
+
+    return pa.CompressedInputStream(pa.OSFile(path), "zstd")
 
 
 OPENERS: dict[str, Callable[[str], Any]] = {

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from distllm.data.sources.documents import Rejected, Rows, checked_document, too_long, unreadable
+from distllm.config.data_schema import Source
+from distllm.data.sources.documents import (
+    InputFile,
+    Rejected,
+    Rows,
+    Unit,
+    checked_document,
+    too_long,
+    unreadable,
+)
+from distllm.data.sources.source_kind import SourceKind
 
 
-def read(
+class Text(SourceKind):
+    def identity(self, source: Source) -> dict[str, Any]:
+        return {}
+
+    def read(
+        self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
+    ) -> Rows:
+        return read_text(files[file].path, file, max_document_bytes)
+
+
+def read_text(
     path: str, file: int, max_document_bytes: int | None, errors: Literal["strict", "replace"] = "strict"
 ) -> Rows:
     try:
@@ -27,3 +47,6 @@ def read(
         return 0
     yield checked_document(text, file, 0, max_document_bytes)
     return 1
+
+
+TEXT = Text()

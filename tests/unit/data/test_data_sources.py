@@ -13,7 +13,6 @@ from corpus import TEXTS, places, read, source, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distllm.config.data_schema import SourceKind
 from distllm.config.problems import UserError
 from distllm.data.sources import Document, InputFile, Rejected, list_files, plan_units, read_unit
 
@@ -114,7 +113,7 @@ def test_standard_library_files_that_are_not_utf_8(tmp_path: Path) -> None:
     unit_bytes=st.integers(1, 150),
     kind=st.sampled_from(["text", "jsonl"]),
 )
-def test_units_cover_the_files_once_in_order(sizes: list[int], unit_bytes: int, kind: SourceKind) -> None:
+def test_units_cover_the_files_once_in_order(sizes: list[int], unit_bytes: int, kind: str) -> None:
     files = [InputFile(f"/{number}", size, 0) for number, size in enumerate(sizes)]
     covered: list[tuple[int, int]] = []
     units = plan_units(source(kind, "unused"), files, unit_bytes)

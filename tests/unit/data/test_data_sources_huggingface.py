@@ -10,15 +10,19 @@ from typing import Any
 
 import datasets
 import pytest
+from corpora import BYTES, PREPARATION, silent
 from corpus import TEXTS, places, read, source, texts
 
+from distllm.config import schema
 from distllm.config.problems import UserError
+from distllm.data.preparation.prepare import prepare
 from distllm.data.sources import (
     Document,
     InputFile,
     Rejected,
     huggingface,
     huggingface_splits,
+    kind_of,
     list_files,
     plan_units,
     read_unit,
@@ -160,6 +164,28 @@ def test_a_data_set_that_changes_while_it_is_read(tmp_path: Path) -> None:
     list_files(corpus)
     with pytest.raises(UserError, match="must not change while it is read"):
         list(read_unit(corpus, old_files, unit, None))
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_local_data_set_is_prepared(tmp_path: Path, is_saved: bool) -> None:
+    """A shard has no path of this machine: whether it has changed meanwhile is asked of the library."""
+    folder = tmp_path / "documents"
+    if is_saved:
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(folder)
+    else:
+        write_lines(folder / "train-1.jsonl", TEXTS[:4])
+        write_lines(folder / "train-2.jsonl", TEXTS[4:])
+    corpus = source("huggingface", folder)
+    files = list_files(corpus)
+    data = schema.Data("huggingface", str(folder), "text", 0.0, str(tmp_path / "cache"))
+    prepared = prepare(data, PREPARATION, BYTES, silent).sources["huggingface"]
+    assert prepared.train.num_documents == len(TEXTS)
+    assert kind_of(corpus).changed_file(corpus, files) is None
+    if is_saved:
+        datasets.Dataset.from_dict({"text": TEXTS[1:]}).save_to_disk(folder)
+    else:
+        write_lines(folder / "train-2.jsonl", TEXTS[5:])
+    assert kind_of(corpus).changed_file(corpus, files) == files[-1]
 
 
 def test_a_lost_hub_is_not_taken_for_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus import TEXTS, places, read, source, texts
+from corpus import TEXTS, WHOLE, places, read, source, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distllm.config.data_schema import SourceKind
 from distllm.config.problems import UserError
-from distllm.data.sources import Document, Rejected, list_files, plan_units, tables
+from distllm.data.sources import Document, Rejected, kind_of, list_files, plan_units
+from distllm.data.sources.documents import Rows
 
 
 def write_parquet(table: pa.Table, path: Path, rows: int = 2) -> None:
@@ -34,12 +34,20 @@ def write_arrow_stream(table: pa.Table, path: Path, rows: int = 2) -> None:
 
 
 Write = Callable[[pa.Table, Path], None]
-WRITERS: list[tuple[SourceKind, Write]] = [
+WRITERS: list[tuple[str, Write]] = [
     ("parquet", write_parquet),
     ("arrow", write_arrow_file),
     ("arrow", write_arrow_stream),
 ]
 every_format = pytest.mark.parametrize(("kind", "write"), WRITERS)
+
+
+def rows_of(kind: str, path: Path) -> Rows:
+    """One after the other: `read` would hold all of them."""
+    corpus = source(kind, path)
+    files = list_files(corpus)
+    [unit] = plan_units(corpus, files, WHOLE)
+    return kind_of(corpus).read(corpus, files, 0, unit, max_document_bytes=None)
 
 
 def column(texts: list[str | None], kind: pa.DataType) -> pa.Array:
@@ -55,7 +63,7 @@ def column(texts: list[str | None], kind: pa.DataType) -> pa.Array:
     ids=str,
 )
 def test_columns_are_exact_across_files_and_batches(
-    tmp_path: Path, kind: SourceKind, write: Write, unit_bytes: int, text_type: pa.DataType
+    tmp_path: Path, kind: str, write: Write, unit_bytes: int, text_type: pa.DataType
 ) -> None:
     for name, values in [("b.table", TEXTS), ("a [x]#::.table", TEXTS[::-1])]:
         numbers = list(range(len(values)))
@@ -65,7 +73,7 @@ def test_columns_are_exact_across_files_and_batches(
 
 
 @every_format
-def test_bad_rows_spoil_no_other(tmp_path: Path, kind: SourceKind, write: Write) -> None:
+def test_bad_rows_spoil_no_other(tmp_path: Path, kind: str, write: Write) -> None:
     rows = [b"good", None, b"", b"caf\xe9", "é".encode() * 6, b"y" * 10]
     spoiled = pa.array(rows, pa.binary()).view(pa.string())
     write(pa.table({"text": spoiled}), tmp_path / "a")
@@ -85,7 +93,7 @@ def test_bad_rows_spoil_no_other(tmp_path: Path, kind: SourceKind, write: Write)
 
 
 @every_format
-def test_one_file_without_the_column_is_rejected(tmp_path: Path, kind: SourceKind, write: Write) -> None:
+def test_one_file_without_the_column_is_rejected(tmp_path: Path, kind: str, write: Write) -> None:
     write(pa.table({"body": ["x"] * 9, "n": [1] * 9}), tmp_path / "a")
     write(pa.table({"text": [1] * 9}), tmp_path / "b")
     write(pa.table({"text": pa.nulls(1)}), tmp_path / "c")
@@ -106,7 +114,7 @@ def test_one_file_without_the_column_is_rejected(tmp_path: Path, kind: SourceKin
 
 
 @every_format
-def test_a_column_that_no_file_has_is_refused(tmp_path: Path, kind: SourceKind, write: Write) -> None:
+def test_a_column_that_no_file_has_is_refused(tmp_path: Path, kind: str, write: Write) -> None:
     write(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a")
     (tmp_path / "b").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"data\.text_field=text(.|\n)*/a: .*\['body', 'n'\]"):
@@ -150,7 +158,7 @@ def test_a_truncated_arrow_file_is_rejected(tmp_path: Path, write: Write) -> Non
 
 @pytest.mark.parametrize("write", [write_arrow_file, write_arrow_stream, write_parquet])
 def test_no_flipped_byte_ends_the_process(tmp_path: Path, write: Write) -> None:
-    kind: SourceKind = "parquet" if write is write_parquet else "arrow"
+    kind: str = "parquet" if write is write_parquet else "arrow"
     write(pa.table({"text": TEXTS}), tmp_path / "a")
     content = (tmp_path / "a").read_bytes()
     for byte in range(0, len(content), 7):
@@ -161,16 +169,15 @@ def test_no_flipped_byte_ends_the_process(tmp_path: Path, write: Write) -> None:
 
 
 @every_format
-def test_a_dictionary_is_not_multiplied(tmp_path: Path, kind: SourceKind, write: Callable[..., None]) -> None:
+def test_a_dictionary_is_not_multiplied(tmp_path: Path, kind: str, write: Callable[..., None]) -> None:
     """2.2 GB of text, more than a column of plain strings can hold, did each row have its own."""
     indices = pa.array([0, None, *[1] * 2200], pa.int32())
     write(
         pa.table({"text": pa.DictionaryArray.from_arrays(indices, ["x", "y" * 10**6])}), tmp_path / "a", 9999
     )
-    assert kind == "parquet" or kind == "arrow"
     sizes = [
         len(result.text) if isinstance(result, Document) else result.reason
-        for result in tables.read_table(str(tmp_path / "a"), kind, 0, "text", None)
+        for result in rows_of(kind, tmp_path / "a")
     ]
     assert sizes == [1, "empty", *[10**6] * 2200]
 
@@ -184,7 +191,7 @@ def test_batches_are_small_in_bytes(tmp_path: Path) -> None:
     before = pa.total_allocated_bytes()
     highest = 0
     count = 0
-    for _ in tables.read_table(str(tmp_path / "a"), "parquet", 0, "text", None):
+    for _ in rows_of("parquet", tmp_path / "a"):
         highest = max(highest, pa.total_allocated_bytes() - before)
         count += 1
     assert count == rows
@@ -201,7 +208,7 @@ def test_batches_are_small_in_bytes(tmp_path: Path) -> None:
     writer=st.sampled_from(WRITERS),
 )
 def test_units_of_a_file_are_the_file(
-    values: list[str | None], rows: int, unit_bytes: int, writer: tuple[SourceKind, Callable[..., None]]
+    values: list[str | None], rows: int, unit_bytes: int, writer: tuple[str, Callable[..., None]]
 ) -> None:
     kind, write = writer
     with tempfile.TemporaryDirectory() as folder:
