@@ -17,6 +17,8 @@ from typing import Any
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from distllm.config.problems import Problem, UserError
+
 PLUGINS = "DISTLLM_PLUGINS"
 
 
@@ -40,8 +42,7 @@ class Registry:
         assert name in self._parts, f"{name} is none of {list(self._parts)}: the schema must refuse it"
         part = self._parts[name]
         if isinstance(part, str):
-            module, _, attribute = part.partition(":")
-            part = self._parts[name] = getattr(importlib.import_module(module), attribute)
+            part = self._parts[name] = imported(part)
         return part
 
     def choice(self, *others: str) -> AfterValidator:
@@ -59,10 +60,24 @@ class Registry:
         return AfterValidator(check)
 
 
+def imported(place: str) -> Any:
+    """What is at `module:attribute`."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def load_plugins() -> None:
-    """Import the modules of DISTLLM_PLUGINS."""
-    for module in filter(None, os.environ.get(PLUGINS, "").split(",")):
-        importlib.import_module(module.strip())
+    """Import the modules of DISTLLM_PLUGINS; a `UserError` that names all that cannot be imported."""
+    problems = []
+    for module in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever their author has made wrong
+            rule = f"must be modules that can be imported: {type(error).__name__}: {error}"
+            fix = f"put its folder on PYTHONPATH, or see what python -c 'import {module}' says"
+            problems.append(Problem(PLUGINS, module, rule, fix))
+    if problems:
+        raise UserError(problems)
 
 
 FAMILIES = Registry(

@@ -17,7 +17,7 @@ def on(world_size: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Con
     try:
         return compose.load(request)
     except UserError as error:
-        return replanned(error, world_size, "train")
+        return replanned(error, request)
 
 
 def degrees(config: Config) -> tuple[int, int]:
