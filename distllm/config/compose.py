@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distllm.config import validate
 from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
-from distllm.config.verbs import Verb, find
+from distllm.config.verbs import ANY_WORD, Verb, find
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
@@ -107,7 +107,7 @@ def parse(name: str, arguments: Sequence[str]) -> Request:
     if not world_size.isdecimal() or int(world_size) < 1:
         raise user_error("world_size", world_size, "must be a number of ranks, at least 1", "world_size=8")
     request = Request(verb, tuple(overrides), flags, int(world_size), action, named)
-    if (action or not request.only_shows) and action not in verb.actions:
+    if (action or not request.only_shows) and verb.actions != ANY_WORD and action not in verb.actions:
         possible = [name for name in verb.actions if name]
         (nearest, *_) = [*difflib.get_close_matches(action or "", possible, n=1), possible[0]]
         rule = f"must be one of {', '.join(possible)}, right after the verb"
@@ -140,6 +140,17 @@ def show(request: Request, title: str) -> None:
         _run_hydra(request.flags, get_args_parser(), _runs_nothing, str(_main_directory(request)), None)
     except ValueError as error:
         raise user_error("arguments", "--cfg, --info, --run, -m", str(error), "give one of them") from error
+
+
+def group_choices(request: Request) -> dict[str, tuple[str, list[str]]]:
+    """For each group of settings: which of its configurations the job takes, and which there are."""
+    loader = _loader(request)
+    choices = _compose(loader, request)[0].hydra.runtime.choices
+    return {
+        group: (str(choice), loader.get_group_options(group))
+        for group, choice in choices.items()
+        if group in validate.SECTIONS
+    }
 
 
 def _runs_nothing(_: object) -> None:

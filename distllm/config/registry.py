@@ -12,6 +12,7 @@ import difflib
 import importlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import AfterValidator
@@ -47,17 +48,27 @@ class Registry:
 
     def choice(self, *others: str) -> AfterValidator:
         """For the annotation of a setting that holds one of the names, or one of `others`."""
+        return AfterValidator(Choice(self, others))
 
-        def check(value: str) -> str:
-            names = [*self._parts, *others]
-            if value not in names:
-                nearest = [*difflib.get_close_matches(value, names, n=1), names[0]][0]
-                listed = [f"'{name}'" for name in names]
-                rule = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
-                raise PydanticCustomError("choice", "must be {rule}", {"rule": rule, "nearest": nearest})
-            return value
 
-        return AfterValidator(check)
+@dataclass(frozen=True)
+class Choice:
+    """Refuses what is no name of the registry at that time, nor one of `others`."""
+
+    registry: Registry
+    others: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.registry, *self.others]
+
+    def __call__(self, value: str) -> str:
+        if value not in self.names:
+            nearest = [*difflib.get_close_matches(value, self.names, n=1), self.names[0]][0]
+            listed = [f"'{name}'" for name in self.names]
+            rule = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
+            raise PydanticCustomError("choice", "must be {rule}", {"rule": rule, "nearest": nearest})
+        return value
 
 
 def imported(place: str) -> Any:

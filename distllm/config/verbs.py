@@ -21,7 +21,7 @@ class Verb:
     help: what it does, in a few words.
     module: has `run(config: Config, request: Request) -> int`, which does it and returns the exit code.
     actions: what it can do, where it can do several things: its first argument says which. None stands for no
-        such argument.
+        such argument. ANY_WORD leaves it to the verb which words it takes.
     bare_arguments: what is asked of one call and is no setting of the job; NAME=VALUE like an override.
     rules, environment_rules: those that its config must keep. Each verb answers for the sections that it
         uses: `generate` and `export` take the model from a checkpoint.
@@ -50,6 +50,7 @@ class Verb:
         return [f"distllm {self.name} {line.replace('ACTION', actions)}" for line in self.usage]
 
 
+ANY_WORD: tuple[str | None, ...] = ()
 _FILES: tuple[Rule, ...] = (data_rules.data_found, rules.tokenizer_found)
 _TABLE = (
     Verb(
@@ -73,6 +74,14 @@ _TABLE = (
         environment_rules=(rules.tokenizer_found,),  # all that it reads, for the size of the vocabulary
         no_sweep="looks at one job at a time",
         on_refusal="distllm.verbs.check:refuse",
+    ),
+    Verb(
+        "config",
+        "say what each setting means, what it may be and what it is",
+        "distllm.verbs.config",
+        actions=ANY_WORD,
+        no_sweep="looks at one job at a time",
+        usage=("[GROUP|GROUP.SETTING] [overrides]",),
     ),
     Verb(
         "tokenizer",

@@ -128,6 +128,7 @@ def test_a_mistake_of_many_ranks_is_printed_once(tmp_path: Path) -> None:
         "from distllm.__main__ import main; main(['--help'])",
         "from distllm.__main__ import main; main(['train', '--cfg', 'job'])",
         "from distllm.__main__ import main; main(['train', 'train.step=5'])",
+        "from distllm.__main__ import main; main(['config'])",
     ],
 )
 def test_an_answer_needs_nothing_heavy_and_no_second(code: str, tmp_path: Path) -> None:

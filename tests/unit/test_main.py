@@ -142,7 +142,7 @@ def test_a_former_name_still_runs_and_says_the_new_one_once(
     assert capsys.readouterr() == ("", told)
 
 
-@pytest.mark.parametrize("name", ["check", "checkpoint"])
+@pytest.mark.parametrize("name", ["check", "config", "checkpoint"])
 def test_a_verb_that_cannot_be_swept_says_why(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     action = ["list"] if name == "checkpoint" else []
     assert command.main([name, *action, "-m", "train.seed=1,2"]) == 2
