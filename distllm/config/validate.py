@@ -41,9 +41,11 @@ def job(
     which serve as examples of what to write.
     """
     config, found = _typed(values, {problem.setting for problem in problems}, defaults)
+    if problems:
+        config = None  # with an override left out it is another job than the one that was asked for
     problems = problems + found
     # What a problem concerns is left out of the rules: they would only say the same again, or worse.
-    known = config if config and not problems else _what_is_known(values, problems)
+    known = config if config else _what_is_known(values, problems)
     problems += rules.check(known, world_size, verb.rules)
     problems += rules.check_environment(known, verb.environment_rules)
     problems += rules.check_versions()

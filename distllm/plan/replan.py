@@ -19,7 +19,7 @@ def replanned(error: UserError, request: Request) -> Config:
     layout would be legal without another global batch.
     """
     config, world_size, verb = error.config, request.world_size, request.verb
-    if config is None or not _is_wanted(config):
+    if config is None or not _is_wanted(config) or rules.check_versions():
         raise error
     for proposal in nearest_layouts(config, world_size, most=10):
         if "train.global_batch_size" in proposal.changes:
