@@ -15,6 +15,7 @@ from distllm import __version__
 from distllm.config import verbs
 from distllm.config.problems import EXIT_USER_ERROR, UserError
 from distllm.config.registry import imported, load_plugins
+from distllm.runtime import quiet
 
 EXIT_INTERRUPTED = 130
 
@@ -50,6 +51,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"distllm {__version__}")
         return 0
+    quiet.silence()  # before a plugin or the verb's module imports torch and what builds on it
     load_plugins()
     if not arguments or arguments[0] in ("--help", "-h"):
         print(_help(), end="", file=sys.stdout if arguments else sys.stderr)
@@ -61,7 +63,6 @@ def _run(arguments: list[str]) -> int:
         print(f"distllm {name} is now called distllm {verb.name}", file=sys.stderr, flush=True)
 
     from distllm.config import compose, sweep
-    from distllm.runtime import quiet
 
     request = compose.parse(verb.name, rest)
     if request.only_shows:
@@ -69,7 +70,6 @@ def _run(arguments: list[str]) -> int:
         return 0
     if request.is_sweep:
         return sweep.run(request)
-    quiet.silence()  # before a verb's module imports torch and what builds on it
     try:
         config = compose.load(request)
     except UserError as error:

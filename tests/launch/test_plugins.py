@@ -11,10 +11,14 @@ PACKAGE = Path(__file__).parents[2] / "distllm"
 GREET = '''
 """`distllm greet [who=NAME]`: a greeting for every step."""
 
+import logging
+
 from distllm.config.compose import Request
 from distllm.config.problems import Problem
 from distllm.config.schema import Config
 from distllm.config.verbs import Verb, register
+
+assert logging.getLogger("DeepSpeed").level == logging.ERROR, "silenced before a plugin may import it"
 
 
 def few_steps(config, world_size):
