@@ -96,7 +96,7 @@ def run(
     refused: dict[Layout, str] = {}
     by_ranks: dict[int, list[Layout]] = {}
     for layout in layouts:
-        problems = rules.check(layout.applied_to(config), layout.ranks, "check")
+        problems = rules.check(layout.applied_to(config), layout.ranks)
         if problems:
             refused[layout] = f"{problems[0].setting}={problems[0].value} {problems[0].rule}"
         else:

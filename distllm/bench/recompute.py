@@ -54,7 +54,7 @@ def variants(config: Config, world_size: int) -> list[Recompute]:
     parts = sorted({math.ceil(most * part / 4) for part in (1, 2, 3)} - {most})
     full = [Recompute("full", number) for number in (*parts, None)]
     candidates = [Recompute("none", None), Recompute("selective", None), *full]
-    return [r for r in candidates if not rules.check(replace(config, recompute=r), world_size, "check")]
+    return [r for r in candidates if not rules.check(replace(config, recompute=r), world_size)]
 
 
 def measure(config: Config, started: World) -> list[Measured]:

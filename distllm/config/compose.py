@@ -35,33 +35,22 @@ from omegaconf.errors import OmegaConfBaseException
 from distllm.config import validate
 from distllm.config.problems import Problem, UserError, user_error
 from distllm.config.schema import Config
+from distllm.config.verbs import ANY_WORD, Verb, find
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
-# What a verb can do, where it can do several things: its first argument says which. None: without one.
-ACTIONS: dict[str, tuple[str | None, ...]] = {
-    "checkpoint": ("list", "show", "verify", "prune"),
-    "data": (None, "merge"),
-    "bench": ("train", "layouts", "recompute", "checkpoint", "data", "startup"),  # modules of distllm/bench
-}
-# What is asked of one call of a verb and is no setting of the job: written NAME=VALUE like an override.
-BARE_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "check": ("world_size",),
-    "data": ("shard",),
-    "trace": ("step", "steps", "verify"),
-}
 GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One command line after its verb, as Hydra's own parser reads it.
+    """One command line, what follows its verb as Hydra's own parser reads it.
 
     world_size: ranks of the job; for `check` those of the job that is asked about. action: one of the
-    verb's ACTIONS; None for a verb that has none, and where the command only shows. arguments: those of the
-    verb's BARE_ARGUMENTS that were given, as they were written.
+    verb's actions; None for a verb that has none, and where the command only shows. arguments: those of the
+    verb's bare arguments that were given, as they were written.
     """
 
-    verb: str
+    verb: Verb
     overrides: tuple[str, ...]
     flags: Namespace
     world_size: int
@@ -94,11 +83,12 @@ class Request:
         return [*paths, f"--config-name={self.config_name}"]
 
 
-def parse(verb: str, arguments: Sequence[str]) -> Request:
-    """Read the command line; a `UserError` if Hydra's parser refuses it."""
+def parse(name: str, arguments: Sequence[str]) -> Request:
+    """Read the command line of a verb; a `UserError` if there is none or Hydra's parser refuses the rest."""
+    verb = find(name)
 
     def refuse(message: str) -> NoReturn:
-        raise user_error("arguments", " ".join(arguments), message, f"see distllm {verb} --help")
+        raise user_error("arguments", " ".join(arguments), message, f"see distllm {verb.name} --help")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print on every rank
@@ -108,21 +98,20 @@ def parse(verb: str, arguments: Sequence[str]) -> Request:
         refuse("--experimental-rerun is not supported: a run resumes by its run.dir")
     if flags.resolve and not (flags.cfg or flags.help):
         refuse("--resolve goes with --cfg or --help")
-    is_named = verb in ACTIONS and flags.overrides and "=" not in flags.overrides[0]
+    is_named = verb.actions != (None,) and flags.overrides and "=" not in flags.overrides[0]
     action = flags.overrides.pop(0) if is_named else None  # Hydra itself must not see it
     pairs = [(text, *text.partition("=")[::2]) for text in flags.overrides]
-    bare = BARE_ARGUMENTS.get(verb, ())
-    overrides = [text for text, name, _ in pairs if name not in bare]
-    named = {name: value for _, name, value in pairs if name in bare}
+    overrides = [text for text, name, _ in pairs if name not in verb.bare_arguments]
+    named = {name: value for _, name, value in pairs if name in verb.bare_arguments}
     world_size = named.get("world_size", os.environ.get("WORLD_SIZE", "1"))
     if not world_size.isdecimal() or int(world_size) < 1:
         raise user_error("world_size", world_size, "must be a number of ranks, at least 1", "world_size=8")
     request = Request(verb, tuple(overrides), flags, int(world_size), action, named)
-    if (action or not request.only_shows) and action not in ACTIONS.get(verb, (None,)):
-        possible = [name for name in ACTIONS[verb] if name]
+    if (action or not request.only_shows) and verb.actions != ANY_WORD and action not in verb.actions:
+        possible = [name for name in verb.actions if name]
         (nearest, *_) = [*difflib.get_close_matches(action or "", possible, n=1), possible[0]]
         rule = f"must be one of {', '.join(possible)}, right after the verb"
-        raise user_error("action", action or "none", rule, f"distllm {verb} {nearest}")
+        raise user_error("action", action or "none", rule, f"distllm {verb.name} {nearest}")
     return request
 
 
@@ -151,6 +140,17 @@ def show(request: Request, title: str) -> None:
         _run_hydra(request.flags, get_args_parser(), _runs_nothing, str(_main_directory(request)), None)
     except ValueError as error:
         raise user_error("arguments", "--cfg, --info, --run, -m", str(error), "give one of them") from error
+
+
+def group_choices(request: Request) -> dict[str, tuple[str, list[str]]]:
+    """For each group of settings: which of its configurations the job takes, and which there are."""
+    loader = _loader(request)
+    choices = _compose(loader, request)[0].hydra.runtime.choices
+    return {
+        group: (str(choice), loader.get_group_options(group))
+        for group, choice in choices.items()
+        if group in validate.SECTIONS
+    }
 
 
 def _runs_nothing(_: object) -> None:

@@ -45,7 +45,10 @@ class Source:
 
 @dataclass(frozen=True, config=STRICT)
 class MixtureChange:
-    """After `step` updates the sources are drawn with `weights`, which names all of them."""
+    """Other weights of the sources from a step on.
+
+    step: number of updates after which they hold. weights: of the sources, all of which are named.
+    """
 
     step: PositiveInt
     weights: dict[str, NonNegativeFloat]
@@ -55,8 +58,8 @@ class MixtureChange:
 class Data:
     """Documents to train on: those of one source, or of the named `sources` of a mixture.
 
-    source, path, text_field, subset, split, max_epochs, shuffle: as in `Source`; where `source` is `mixture`
-        they stand under `sources.NAME`.
+    source, path, text_field, subset, split, max_epochs, shuffle: as in `Source`; in a `mixture` each source
+        has its own, under `sources.NAME`.
     sources: of a mixture, by name; the names are in metrics and ledger, and the order of a source hangs on
         its name.
     changes: of the weights, at given steps.

@@ -12,10 +12,13 @@ import difflib
 import importlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
+
+from distllm.config.problems import Problem, UserError
 
 PLUGINS = "DISTLLM_PLUGINS"
 
@@ -40,29 +43,53 @@ class Registry:
         assert name in self._parts, f"{name} is none of {list(self._parts)}: the schema must refuse it"
         part = self._parts[name]
         if isinstance(part, str):
-            module, _, attribute = part.partition(":")
-            part = self._parts[name] = getattr(importlib.import_module(module), attribute)
+            part = self._parts[name] = imported(part)
         return part
 
     def choice(self, *others: str) -> BeforeValidator:
         """For the annotation of a setting that holds one of the names, or one of `others`."""
+        # Before: what is no string at all gets the list of names, too.
+        return BeforeValidator(Choice(self, others))
 
-        def check(value: object) -> object:
-            names = [*self._parts, *others]
-            if value not in names:
-                nearest = [*difflib.get_close_matches(str(value), names, n=1), names[0]][0]
-                listed = [f"'{name}'" for name in names]
-                rule = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
-                raise PydanticCustomError("choice", "must be {rule}", {"rule": rule, "nearest": nearest})
-            return value
 
-        return BeforeValidator(check)  # before: what is no string at all gets the list of names too
+@dataclass(frozen=True)
+class Choice:
+    """Refuses what is no name of the registry at that time, nor one of `others`."""
+
+    registry: Registry
+    others: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.registry, *self.others]
+
+    def __call__(self, value: object) -> object:
+        if value not in self.names:
+            nearest = [*difflib.get_close_matches(str(value), self.names, n=1), self.names[0]][0]
+            listed = [f"'{name}'" for name in self.names]
+            rule = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
+            raise PydanticCustomError("choice", "must be {rule}", {"rule": rule, "nearest": nearest})
+        return value
+
+
+def imported(place: str) -> Any:
+    """What is at `module:attribute`."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load_plugins() -> None:
-    """Import the modules of DISTLLM_PLUGINS."""
-    for module in filter(None, os.environ.get(PLUGINS, "").split(",")):
-        importlib.import_module(module.strip())
+    """Import the modules of DISTLLM_PLUGINS; a `UserError` that names all that cannot be imported."""
+    problems = []
+    for module in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever their author has made wrong
+            rule = f"must be modules that can be imported: {type(error).__name__}: {error}"
+            fix = f"put its folder on PYTHONPATH, or see what python -c 'import {module}' says"
+            problems.append(Problem(PLUGINS, module, rule, fix))
+    if problems:
+        raise UserError(problems)
 
 
 FAMILIES = Registry(

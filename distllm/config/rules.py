@@ -1,5 +1,5 @@
 """Every rule that joins several settings; one small function per rule. Layouts: `layout_rules.py`; data:
-`data_rules.py`.
+`data_rules.py`; which verb keeps which rules: `verbs.py`.
 
 `check` is pure, `check_environment` looks at the files of this machine, `check_versions` at its packages.
 """
@@ -39,19 +39,19 @@ class Known(SimpleNamespace):
         raise UnknownSetting(name)
 
 
-def check(config: Config, world_size: int, verb: str = "train") -> list[Problem]:
-    """What the settings of a job that `verb` uses, taken together, get wrong."""
-    return _collect(RULES[verb], config, world_size)
+def check(config: Config, world_size: int, rules: Sequence[Rule] | None = None) -> list[Problem]:
+    """What the settings of a job, taken together, get wrong. rules: those of a verb; None: of training."""
+    return _collect(JOB_RULES if rules is None else rules, config, world_size)
 
 
-def check_environment(config: Config, verb: str = "train") -> list[Problem]:
-    """What the job needs on this machine and does not find."""
-    return _collect(ENVIRONMENT_RULES[verb], config, 1)
+def check_environment(config: Config, rules: Sequence[Rule]) -> list[Problem]:
+    """What the job needs on this machine and does not find. rules: the environment rules of a verb."""
+    return _collect(rules, config, 1)
 
 
 def check_model(config: Config) -> list[Problem]:
     """What the settings of the model get wrong among themselves, for a model from a file."""
-    return _collect(_MODEL_RULES, config, 1)
+    return _collect(MODEL_RULES, config, 1)
 
 
 def check_versions() -> list[Problem]:
@@ -206,21 +206,21 @@ def _special_tokens(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("tokenizer.special_tokens", tokens, rule, f"tokenizer.special_tokens={unique}")
 
 
-def _tokenizer_found(config: Config, _: int) -> Iterator[Problem]:
+def tokenizer_found(config: Config, _: int) -> Iterator[Problem]:
     path = config.tokenizer.path
     if path and config.tokenizer.kind != "bytes" and not os.path.exists(os.path.expanduser(path)):
         rule = "must be a folder with a tokenizer.json"
         yield Problem("tokenizer.path", path, rule, "make one with `distllm tokenizer`, or correct the path")
 
 
-def _checkpoint_found(config: Config, _: int) -> Iterator[Problem]:
+def checkpoint_found(config: Config, _: int) -> Iterator[Problem]:
     resume = config.checkpoint.resume
     if resume not in ("auto", "never") and not os.path.isdir(os.path.expanduser(resume)):
         rule = "must be auto, never or the folder of a checkpoint"
         yield Problem("checkpoint.resume", resume, rule, "checkpoint.resume=auto")
 
 
-def _run_directory(config: Config, _: int) -> Iterator[Problem]:
+def run_directory(config: Config, _: int) -> Iterator[Problem]:
     if reason := _why_not_writable(os.path.abspath(os.path.expanduser(config.run.dir))):
         yield Problem("run.dir", config.run.dir, f"must be writable; {reason}", "run.dir=FOLDER")
 
@@ -234,26 +234,26 @@ def _why_not_writable(path: str) -> str | None:
     return None if os.access(path, os.W_OK | os.X_OK) else f"{path} cannot be written to"
 
 
-def _run_found(config: Config, _: int) -> Iterator[Problem]:
+def run_found(config: Config, _: int) -> Iterator[Problem]:
     if not os.path.isdir(config.run.dir):
         rule = f"must be the folder of a run; there is none, seen from {os.getcwd()}"
         yield Problem("run.dir", config.run.dir, rule, "run.dir=FOLDER")
 
 
-def _wandb_installed(config: Config, _: int) -> Iterator[Problem]:
+def wandb_installed(config: Config, _: int) -> Iterator[Problem]:
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         fix = "pip install 'distllm[wandb]', or logging.wandb=false"
         yield Problem("logging.wandb", True, "needs the package wandb, which is not installed", fix)
 
 
-def _export_path(config: Config, _: int) -> Iterator[Problem]:
+def export_path(config: Config, _: int) -> Iterator[Problem]:
     if not config.export.path:
         yield Problem("export.path", config.export.path, "is required", "export.path=FOLDER, a new folder")
 
 
-def _export_folder(config: Config, _: int) -> Iterator[Problem]:
+def export_folder(config: Config, _: int) -> Iterator[Problem]:
     if not config.export.path:
-        return  # _export_path speaks of that
+        return  # export_path speaks of that
     path = os.path.abspath(os.path.expanduser(config.export.path))
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
         rule = "must be a new or an empty folder: nothing is overwritten"
@@ -262,7 +262,7 @@ def _export_folder(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("export.path", config.export.path, f"must be writable; {reason}", "export.path=FOLDER")
 
 
-def _bench_folder(config: Config, _: int) -> Iterator[Problem]:
+def bench_folder(config: Config, _: int) -> Iterator[Problem]:
     folder, file = config.bench.folder, config.bench.json
     if folder is not None and not os.path.isdir(folder):
         yield Problem("bench.folder", folder, "must be a folder that is there", "bench.folder=null")
@@ -272,13 +272,13 @@ def _bench_folder(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("bench.json", file, f"must be writable; {reason}", "bench.json=FILE")
 
 
-def _import_path(config: Config, _: int) -> Iterator[Problem]:
+def import_path(config: Config, _: int) -> Iterator[Problem]:
     if not config.import_.path:
         fix = "import.path=FOLDER, a folder that Hugging Face's save_pretrained or `distllm export` wrote"
         yield Problem("import.path", config.import_.path, "is required", fix)
 
 
-def _import_folder(config: Config, _: int) -> Iterator[Problem]:
+def import_folder(config: Config, _: int) -> Iterator[Problem]:
     path = config.import_.path
     if path and not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
         rule = "must be a folder with a config.json"
@@ -286,7 +286,8 @@ def _import_folder(config: Config, _: int) -> Iterator[Problem]:
         yield Problem("import.path", path, rule, fix)
 
 
-_DATA_RULES: tuple[Rule, ...] = (
+MODEL_RULES: tuple[Rule, ...] = (_model_family,)
+DATA_RULES: tuple[Rule, ...] = (
     data_rules.source_paths,
     data_rules.mixture,
     data_rules.mixture_changes,
@@ -295,10 +296,9 @@ _DATA_RULES: tuple[Rule, ...] = (
     _vocabulary,
     _special_tokens,
 )
-_MODEL_RULES: tuple[Rule, ...] = (_model_family,)
-_TRAIN_RULES: tuple[Rule, ...] = (
+JOB_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
-    *_MODEL_RULES,
+    *MODEL_RULES,
     _schedule_decay,
     _schedule_minimum,
     _validation,
@@ -306,32 +306,5 @@ _TRAIN_RULES: tuple[Rule, ...] = (
     _bucket_size,
     _kept_checkpoints,
     _profile,
+    *DATA_RULES,
 )
-# Each verb answers for the sections that it uses: `generate` and `export` take the model from a checkpoint.
-RULES: dict[str, tuple[Rule, ...]] = {
-    "train": _TRAIN_RULES + _DATA_RULES,
-    "check": _TRAIN_RULES + _DATA_RULES,
-    "data": _DATA_RULES,
-    "tokenizer": _DATA_RULES,
-    "generate": (),
-    "report": (),
-    "trace": (),
-    "export": (_export_path,),
-    "import": (_import_path,),
-    "checkpoint": (),
-    "bench": _TRAIN_RULES + _DATA_RULES,
-}
-_FILES: tuple[Rule, ...] = (data_rules.data_found, _tokenizer_found)
-ENVIRONMENT_RULES: dict[str, tuple[Rule, ...]] = {
-    "train": (*_FILES, _checkpoint_found, _run_directory, _wandb_installed),
-    "check": (_tokenizer_found,),  # the one file that it reads, for the size of the vocabulary
-    "data": _FILES,
-    "tokenizer": _FILES,
-    "generate": (),
-    "report": (),
-    "trace": (),
-    "export": (_checkpoint_found, _export_folder),
-    "import": (_import_folder, _run_directory),
-    "checkpoint": (_run_found,),
-    "bench": (_tokenizer_found, _bench_folder),  # only `bench data` reads documents, and says what is missing
-}

@@ -23,6 +23,7 @@ from distllm.config.data_schema import (
 )
 from distllm.config.data_schema import Source as Source  # part of `Data`
 from distllm.config.registry import FAMILIES, OBJECTIVES, OPTIMIZERS
+from distllm.config.verb_schema import Bench, Export, Generate, Import, Select
 
 # For `dataclasses.replace`, which knows fields by name; what users write is read by alias only (validate.py).
 BY_NAME_TOO = ConfigDict(**STRICT, validate_by_alias=True, validate_by_name=True)
@@ -33,7 +34,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Run:
-    """`dir`: everything of a run lies under it; the same command with the same `dir` resumes."""
+    """dir: everything of a run lies under it; the same command with the same `dir` resumes."""
 
     dir: str
 
@@ -44,8 +45,21 @@ class Model:
 
     name: what summaries call it.
     family: one of `distllm/model/families`, which says parameters, layer and form in Hugging Face's library.
+    num_layers: transformer layers, each of attention and a feed-forward network.
+    hidden_size: width of the residual stream. ffn_hidden_size: width inside the feed-forward network.
+    num_attention_heads: heads of queries in each layer.
+    num_query_groups: heads of keys and values; each serves equally many heads of queries (grouped-query
+        attention, arXiv:2305.13245), as many as there are of these means one each.
     head_dim: width of one head; None means hidden_size / num_attention_heads.
     seq_length: tokens per training sequence.
+    normalization: what is done to the input of attention, feed-forward network and output projection.
+    norm_epsilon: what is added to the mean square or variance before its root is taken.
+    position_embedding: `rope` turns queries and keys by their position (arXiv:2104.09864); `learned` adds a
+        learned vector for each of seq_length positions to the embedding.
+    rope_base: for `rope`, base of the geometric series of its frequencies; larger bases reach further.
+    activation: of the feed-forward network; `swiglu` has a gate and so a third matrix (arXiv:2002.05202);
+        `gelu_tanh` is the approximation of `gelu` that GPT-2 uses.
+    bias: whether linear layers add one. tie_embeddings: whether the output projection is the embedding.
     init_std: standard deviation of the normal initialisation; projections back into the residual stream
         use init_std / sqrt(2 * num_layers), as GPT-2 does.
     vocab_multiple: the vocabulary is padded to a multiple of this, under every layout alike, so that tensor
@@ -86,7 +100,9 @@ class Tokenizer:
 
     kind: `bpe` is a byte-level BPE, trained on the training documents unless `path` names a finished one;
         `bytes` is one token per byte and needs no training; `huggingface` reads the folder `path`.
+    path: folder of a finished tokenizer, with a tokenizer.json; None means none.
     vocab_size: tokens in all, special tokens included; for `bpe` the size to train to, else None.
+    special_tokens: further tokens that text is never split into, in the order of their ids.
     end_of_document: the token that closes every document.
     """
 
@@ -156,7 +172,10 @@ class Optimizer:
     """What updates the weights; norms and biases are never decayed.
 
     kind: which of `distllm/optimizers`; `adamw` is Loshchilov & Hutter 2019, arXiv:1711.05101.
-    lr: peak learning rate. clip_grad: largest global gradient norm; 0 means no clipping.
+    lr: peak learning rate. weight_decay: a step shrinks the weights by lr times this share.
+    betas: decay of the means of the gradient and of its square, per step.
+    epsilon: added to the root of the mean square.
+    clip_grad: largest global gradient norm; 0 means no clipping.
     """
 
     lr: PositiveFloat
@@ -181,6 +200,8 @@ class Objective:
 class Schedule:
     """Learning rate as a function of the step.
 
+    kind: what follows the warm-up: `cosine` falls along half a cosine; `wsd` stays, and falls linearly at the
+        end; `constant` stays.
     warmup_steps: linear rise from 0 to `optimizer.lr`.
     decay_steps: `cosine`: steps after warm-up until min_lr (None: the rest of the run); `wsd`: length of the
         final linear decay (None: a tenth of the run); `constant`: None.
@@ -198,6 +219,7 @@ class Train:
     """steps: optimizer updates in all. global_batch_size: sequences per update.
 
     micro_batch_size: sequences per rank in one forward pass.
+    seed: of the initial weights, the order of the data and the samples of text.
     precision: `bf16` computes in bfloat16 and keeps fp32 master weights and moments.
     gradient_accumulation: type in which gradients of microbatches are summed and reduced.
     compile: what a layer does between its matrix products is compiled for the steps of training. That takes
@@ -248,6 +270,9 @@ class Fault:
     A step whose loss or gradients are not finite is tried again once, and then its samples are skipped. A
     spike is a loss or a gradient norm beyond median + spike_threshold robust standard deviations of the last
     spike_window steps (once there are as many).
+
+    spike_window: steps before a step that tell what is usual.
+    spike_threshold: robust standard deviations above their median from which on it is a spike.
     spike_action: `skip` leaves out the samples of the step; `rewind` goes back to the last checkpoint first;
         `off` lets spikes pass.
     max_refused_steps: in a row, before the job gives up. max_rewinds: in one start of the job.
@@ -275,7 +300,10 @@ class Fault:
 class Logging:
     """progress: `bar` for terminals, `lines` for files, `auto` decides by what standard error is.
 
-    interval: steps between two plain lines. sample_prompt: what the text sample at the end continues.
+    interval: steps between two plain lines.
+    tensorboard: write event files into the run directory.
+    wandb: log to Weights & Biases too. wandb_project: under which name there.
+    sample_prompt: what the text sample at the end continues. sample_tokens: its length; 0 means no sample.
     """
 
     progress: Literal["auto", "bar", "lines", "none"]
@@ -285,70 +313,6 @@ class Logging:
     wandb_project: str
     sample_prompt: str
     sample_tokens: NonNegativeInt
-
-
-@dataclass(frozen=True, config=STRICT)
-class Generate:
-    """`distllm generate`: continue `prompt` from the newest checkpoint of `run.dir`.
-
-    temperature: 0 takes the likeliest token. top_k: sample among the k likeliest; 0 means among all.
-    """
-
-    prompt: str
-    max_tokens: PositiveInt
-    temperature: NonNegativeFloat
-    top_k: NonNegativeInt
-
-
-@dataclass(frozen=True, config=STRICT)
-class Select:
-    """`distllm checkpoint ACTION`: which checkpoints of `run.dir` it is about.
-
-    step: `show` and `verify` look at the checkpoint of this step; None means the newest, and all.
-    against: `show` compares with this one, a step of the same run or the folder of a checkpoint.
-    dry_run: `prune` only says what it would remove.
-    """
-
-    step: NonNegativeInt | None
-    against: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None
-    dry_run: bool
-
-
-@dataclass(frozen=True, config=STRICT)
-class Bench:
-    """`distllm bench ACTION`: measure a part of this job on this machine.
-
-    steps: training steps that are measured, after warmup_steps that are not. repeats: how often each save,
-        load, reading of data and way to recompute is measured.
-    folder: for scratch files, which are removed; None means the system's folder for them.
-    json: file to write the results to.
-    """
-
-    steps: PositiveInt
-    warmup_steps: NonNegativeInt
-    repeats: PositiveInt
-    folder: str | None
-    json: str | None
-
-
-@dataclass(frozen=True, config=STRICT)
-class Export:
-    """`distllm export`: the newest checkpoint of `run.dir` as a Hugging Face folder.
-
-    path: the folder to make. dtype: of the weights; `bf16` rounds the fp32 weights of the checkpoint.
-    max_shard_bytes: largest file of weights; a tensor larger than this is a file by itself.
-    """
-
-    path: str | None
-    dtype: Literal["fp32", "bf16"]
-    max_shard_bytes: PositiveInt
-
-
-@dataclass(frozen=True, config=STRICT)
-class Import:
-    """`distllm import`: start a run from the weights of the Hugging Face folder `path`."""
-
-    path: str | None
 
 
 @dataclass(frozen=True, config=BY_NAME_TOO)

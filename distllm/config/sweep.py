@@ -24,6 +24,9 @@ def run(request: compose.Request) -> int:
     A fresh process, because what torch.distributed, Megatron Core and DeepSpeed keep per process must not
     pass from one job to the next. Nothing starts before all jobs are known to be sound.
     """
+    verb = request.verb
+    if verb.no_sweep:
+        raise user_error("arguments", "--multirun", verb.no_sweep, f"distllm {verb.name} for each of them")
     if "RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         world_size = os.environ.get("WORLD_SIZE", "unknown")
         rule = "a sweep starts single-process jobs itself"
@@ -42,7 +45,7 @@ def run(request: compose.Request) -> int:
             sys.executable,
             "-m",
             "distllm",
-            request.verb,
+            verb.name,
             *request.words,
             *request.config_flags,
             *overrides,

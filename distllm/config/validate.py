@@ -15,6 +15,7 @@ from distllm.config import rules
 from distllm.config.data_schema import Source
 from distllm.config.problems import Problem, UserError
 from distllm.config.schema import Config
+from distllm.config.verbs import Verb
 
 ADAPTER = TypeAdapter(Config)
 # A section as users write it -> its field; they differ where the section is a word of Python.
@@ -31,7 +32,7 @@ def job(
     values: dict[str, Any],
     problems: list[Problem],
     defaults: Callable[[], dict[str, Any]],
-    verb: str,
+    verb: Verb,
     world_size: int,
 ) -> Config:
     """The `Config` of a job that is about to run here.
@@ -40,11 +41,13 @@ def job(
     which serve as examples of what to write.
     """
     config, found = _typed(values, {problem.setting for problem in problems}, defaults)
+    if problems:
+        config = None  # with an override left out it is another job than the one that was asked for
     problems = problems + found
     # What a problem concerns is left out of the rules: they would only say the same again, or worse.
-    known = config if config and not problems else _what_is_known(values, problems)
-    problems += rules.check(known, world_size, verb)
-    problems += rules.check_environment(known, verb)
+    known = config if config else _what_is_known(values, problems)
+    problems += rules.check(known, world_size, verb.rules)
+    problems += rules.check_environment(known, verb.environment_rules)
     problems += rules.check_versions()
     if problems:
         raise UserError(problems, config)

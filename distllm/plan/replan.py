@@ -6,24 +6,27 @@ import os
 from dataclasses import replace
 
 from distllm.config import rules
+from distllm.config.compose import Request
 from distllm.config.problems import UserError
 from distllm.config.schema import Config
 from distllm.plan.nearest import nearest_layouts
 
 
-def replanned(error: UserError, world_size: int, verb: str) -> Config:
-    """The refused job in the nearest layout that `world_size` ranks allow, with the same global batch.
+def replanned(error: UserError, request: Request) -> Config:
+    """The refused job in the nearest layout that its ranks allow, with the same global batch.
 
     Raises `error` where `fault.replan` is off, where something else than the layout is wrong, or where no
     layout would be legal without another global batch.
     """
-    config = error.config
-    if config is None or not _is_wanted(config):
+    config, world_size, verb = error.config, request.world_size, request.verb
+    if config is None or not _is_wanted(config) or rules.check_versions():
         raise error
     for proposal in nearest_layouts(config, world_size, most=10):
         if "train.global_batch_size" in proposal.changes:
             continue
-        if rules.check(proposal.config, world_size, verb) or rules.check_environment(proposal.config, verb):
+        if rules.check(proposal.config, world_size, verb.rules):
+            continue
+        if rules.check_environment(proposal.config, verb.environment_rules):
             continue
         reasons = "; ".join(f"{p.setting}={p.value} {p.rule}" for p in error.problems)
         told = f"{world_size} ranks: {', '.join(proposal.overrides)}, since {reasons}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import NoReturn
 
-from distllm.config.compose import Request, load
+from distllm.config.compose import Request
 from distllm.config.layout_rules import num_microbatches
-from distllm.config.problems import UserError, user_error
+from distllm.config.problems import UserError
 from distllm.config.rules import NUM_BYTES
 from distllm.config.schema import Config, Tokenizer
 from distllm.config.stages import pipeline_stages
@@ -30,18 +31,16 @@ from distllm.plan.rank_view import RankView
 NOT_COUNTED = "without communication buffers, layers that ZeRO-3 gathers, fragmentation and libraries"
 
 
-def run(request: Request) -> int:
-    """Print what a legal job comes to; else a `UserError` with all reasons and the nearest legal layouts."""
-    if request.is_sweep:
-        rule = "looks at one job at a time"
-        raise user_error("arguments", "--multirun", rule, "distllm check for each of them")
-    try:
-        config = load(request)
-    except UserError as refusal:
-        advice = _advice(refusal.config, request.world_size) if refusal.config else ""
-        raise UserError(refusal.problems, advice=advice) from None
+def run(config: Config, request: Request) -> int:
+    """Print what a legal job comes to."""
     print(report(config, vocabulary_size(config.tokenizer), request.world_size))
     return 0
+
+
+def refuse(refusal: UserError, request: Request) -> NoReturn:
+    """Raise it again with the nearest legal layouts."""
+    advice = _advice(refusal.config, request.world_size) if refusal.config else ""
+    raise UserError(refusal.problems, advice=advice) from None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

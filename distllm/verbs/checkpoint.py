@@ -29,13 +29,9 @@ NOTHING_SELECTED = {"step": None, "against": None, "dry_run": False}
 USED = {"list": (), "show": ("step", "against"), "verify": ("step",), "prune": ("dry_run",)}
 
 
-def run(request: Request) -> int:
+def run(config: Config, request: Request) -> int:
     """Do `request.action`; 1 where `verify` finds damage."""
-    if request.is_sweep:
-        rule = "looks at one run at a time"
-        raise user_error("arguments", "--multirun", rule, "distllm checkpoint for each of them")
     assert request.action is not None, "the command line was read"
-    config = load(request)
     _refuse_unused(request.action, config)
     folder = RunDirectory(Path(config.run.dir), create=False).checkpoints_path
     return ACTIONS[request.action](folder, load(_with_own_retention(request, folder)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distllm.checkpoint.manifest import read_manifest
 from distllm.checkpoint.store import read_tensors
+from distllm.config.compose import Request
 from distllm.config.problems import user_error
 from distllm.config.schema import Config, Model
 from distllm.data.tokenizer import TextTokenizer
@@ -27,7 +28,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def run(config: Config) -> int:
+def run(config: Config, request: Request) -> int:
     """Write `export.path`, which exists only once it is whole. Needs no GPU and no process group."""
     refuse_launcher("export")
     path = checkpoint_to_read(config)

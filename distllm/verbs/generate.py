@@ -10,6 +10,7 @@ from torch import nn
 
 from distllm.checkpoint.manifest import Manifest, read_manifest
 from distllm.checkpoint.store import read_tensors
+from distllm.config.compose import Request
 from distllm.config.schema import Config, Model, Tokenizer
 from distllm.data.tokenizer import TextTokenizer
 from distllm.engine.pipeline import all_logits
@@ -23,7 +24,7 @@ from distllm.trainer.completion import sample_tokens
 from distllm.verbs.saved import SINGLE, checkpoint_to_read, refuse_launcher, tokenizer_folder
 
 
-def run(config: Config) -> int:
+def run(config: Config, request: Request) -> int:
     """Load the weights into one process, whatever layout wrote them, and print prompt and continuation."""
     refuse_launcher("generate")
     path = checkpoint_to_read(config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from distllm import __version__
 from distllm.checkpoint.retention import checkpoint_path, list_checkpoints
 from distllm.checkpoint.store import write_checkpoint
-from distllm.config.compose import assignment, to_plain
+from distllm.config.compose import Request, assignment, to_plain
 from distllm.config.problems import UserError, user_error
 from distllm.config.rules import check_model
 from distllm.config.schema import Config, Tokenizer
@@ -39,7 +39,7 @@ from distllm.verbs.saved import refuse_launcher
 NO_STRINGS = ("null", "true", "false", "nan", "inf")  # words that Hydra takes for something else
 
 
-def run(config: Config) -> int:
+def run(config: Config, request: Request) -> int:
     """Write the checkpoint of step 0 into `run.dir` and print how to train on from it."""
     refuse_launcher("import")
     assert config.import_.path is not None, "the rules ask for import.path"

@@ -1,4 +1,4 @@
-"""`distllm trace`: what data went into which step, and the proof that each sequence came once."""
+"""`distllm lineage`: what data went into which step, and the proof that each sequence came once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(config: Config, request: Request) -> int:
         if arguments.get("verify") != "true":
             return 0
     elif arguments.get("verify") != "true":
-        fix = "distllm trace run.dir=DIR step=120, or verify=true"
+        fix = "distllm lineage run.dir=DIR step=120, or verify=true"
         raise user_error("arguments", "none", "must say which step, or ask for the proof", fix)
     if not last_step:
         raise user_error("run.dir", directory.path, "must be a run that has taken a step", "train first")
@@ -89,7 +89,7 @@ def proof_text(proof: Proof, directory: RunDirectory) -> str:
         sections["epochs"] = sections["epochs"].replace(", each once", "")
         sections["wrong"] = "\n".join(proof.faults)
     outcome = "NOT exactly once" if proof.faults else "exactly once"
-    return block(f"distllm trace: {outcome}", sections)
+    return block(f"distllm lineage: {outcome}", sections)
 
 
 def _histories(directory: RunDirectory) -> dict[str, History]:

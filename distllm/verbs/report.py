@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distllm.config.compose import Request
 from distllm.config.problems import user_error
 from distllm.config.schema import Config
 from distllm.metrics.format import block
@@ -12,7 +13,7 @@ from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.sinks import read_rows
 
 
-def run(config: Config) -> int:
+def run(config: Config, request: Request) -> int:
     directory = RunDirectory(Path(config.run.dir), create=False)
     events, last_sign = directory.read_events(), directory.last_sign()
     if not events or last_sign is None:

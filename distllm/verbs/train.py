@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from distllm.config.compose import config_hash, to_yaml
+from distllm.config.compose import Request, config_hash, to_yaml
 from distllm.config.schema import Config
 from distllm.data.preparation.prepare import prepare
 from distllm.data.prepared import PreparedData
@@ -33,7 +33,7 @@ from distllm.trainer.resume import Start, find_start
 EXIT_PREEMPTED = 3
 
 
-def run(config: Config) -> int:
+def run(config: Config, request: Request) -> int:
     """One process of the job, on every rank alike; returns its exit code."""
     for injection in config.fault.inject:
         parse(injection)  # refused before anything is done

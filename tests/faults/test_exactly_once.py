@@ -121,7 +121,7 @@ def test_killed_on_any_number_of_ranks_the_data_is_the_same(folder: Path, seed: 
     # Other numbers of ranks add up in another order: as in test_kill_and_relayout.py.
     for found, wanted in zip(curve(run), curve(folder / "reference"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
-    proof = fork(folder, "trace", f"run.dir={name}", "verify=true")
+    proof = fork(folder, "lineage", f"run.dir={name}", "verify=true")
     assert proof.exit_code == 0, proof.output
     assert "exactly once" in proof.stdout
     assert f"1 to {STEPS}, 192 sequences" in proof.stdout
@@ -136,8 +136,11 @@ def test_the_sources_come_in_their_proportions(folder: Path) -> None:
 
 
 def test_a_step_leads_back_to_its_documents(folder: Path) -> None:
-    result = fork(folder, "trace", "run.dir=reference", "step=20")
+    result = fork(folder, "lineage", "run.dir=reference", "step=20")
     assert result.exit_code == 0, result.output
+    former = fork(folder, "trace", "run.dir=reference", "step=20")
+    assert (former.exit_code, former.stdout) == (0, result.stdout)
+    assert former.stderr == "distllm trace is now called distllm lineage\n"
     title, header, *lines = result.stdout.splitlines()
     assert title.startswith("step 20: samples 152 to 159, 8 sequences of 32 tokens")
     assert header.split() == ["sample", "source", "epoch", "sequence", "document", "tokens", "file", "row"]
@@ -181,7 +184,7 @@ def test_another_mixture_at_a_resume(folder: Path) -> None:
     assert new[:9] == [0] * 9
     assert new[-1] == pytest.approx(15 * 8 / 2, abs=3)
     assert told_by_ledger(folder / "changed") == trained_on(folder / "changed")
-    proof = fork(folder, "trace", "run.dir=changed", "verify=true")
+    proof = fork(folder, "lineage", "run.dir=changed", "verify=true")
     assert proof.exit_code == 0, proof.output
     (change,) = events(folder / "changed", "changed settings")
     assert "data.sources" in change
@@ -203,7 +206,7 @@ def test_a_resume_at_every_step(folder: Path) -> None:
         found = trained_on(folder / f"from_{step}")
         assert found == {number: hashes for number, hashes in expected.items() if number >= step}
         assert curve(folder / f"from_{step}") == curve(folder / "every_step")[step:]
-    proof = fork(folder, "trace", f"run.dir=from_{step}", "verify=true")
+    proof = fork(folder, "lineage", f"run.dir=from_{step}", "verify=true")
     assert proof.exit_code == 0, proof.output
 
 
@@ -248,5 +251,5 @@ def test_packed_documents_train_alike_under_every_layout(folder: Path, overrides
     for found, wanted in zip(read_rows(folder / name), read_rows(folder / "packed"), strict=True):
         for key in (k for k in found if not k.endswith("_seconds") and k != "tokens_per_second"):
             assert found[key] == pytest.approx(wanted[key], rel=1e-5), key
-    proof = fork(folder, "trace", f"run.dir={name}", "verify=true")
+    proof = fork(folder, "lineage", f"run.dir={name}", "verify=true")
     assert proof.exit_code == 0, proof.output

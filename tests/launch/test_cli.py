@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distllm import __version__
-from distllm.__main__ import VERBS
+from distllm.config.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = (
@@ -41,7 +41,11 @@ def distllm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_verb(flag: str, tmp_path: Path) -> None:
     result = distllm(tmp_path, flag)
     assert (result.returncode, result.stderr) == (0, "")
-    assert all(verb in result.stdout for verb in VERBS)
+    for verb in VERBS.values():
+        assert f"\n  {verb.name:<12}{verb.help}\n" in result.stdout
+        assert all(f"\n  {line}\n" in result.stdout for line in verb.usage_lines)
+    actions = "train|layouts|recompute|checkpoint|data|startup"
+    assert f"\n  distllm bench {actions} [overrides]\n" in result.stdout
 
 
 def test_no_verb_is_answered_with_help(tmp_path: Path) -> None:
@@ -124,6 +128,7 @@ def test_a_mistake_of_many_ranks_is_printed_once(tmp_path: Path) -> None:
         "from distllm.__main__ import main; main(['--help'])",
         "from distllm.__main__ import main; main(['train', '--cfg', 'job'])",
         "from distllm.__main__ import main; main(['train', 'train.step=5'])",
+        "from distllm.__main__ import main; main(['config'])",
     ],
 )
 def test_an_answer_needs_nothing_heavy_and_no_second(code: str, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 from distllm.bench.report import Report
 from distllm.config import compose
 from distllm.config.schema import Config
+from distllm.config.verbs import VERBS
 from distllm.verbs import bench
 
-ACTIONS = [action for action in compose.ACTIONS["bench"] if action]
+ACTIONS = VERBS["bench"].actions
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -6,40 +6,72 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from distllm import __main__ as command
-from distllm.config.problems import user_error
+from distllm.config.compose import Request
+from distllm.config.problems import UserError, user_error
 from distllm.config.schema import Config
+from distllm.config.verbs import VERBS
+
+Run = Callable[[Config, Request], int]
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], int]], None]:
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
     """Puts a function in the place of `distllm train`."""
 
-    def install(run: Callable[[Config], int]) -> None:
-        monkeypatch.setitem(command.VERBS, "train", ("verb_of_this_test", "test"))
+    def install(run: Run) -> None:
+        monkeypatch.setitem(VERBS, "train", replace(VERBS["train"], module="verb_of_this_test"))
         monkeypatch.setitem(sys.modules, "verb_of_this_test", SimpleNamespace(run=run))
 
     return install
 
 
-def test_a_verb_gets_the_config_and_gives_the_exit_code(verb: Callable[..., None]) -> None:
-    steps: list[int] = []
+def test_a_verb_gets_config_and_request_and_gives_the_exit_code(verb: Callable[[Run], None]) -> None:
+    seen: list[object] = []
 
-    def run(config: Config) -> int:
-        steps.append(config.train.steps)
+    def run(config: Config, request: Request) -> int:
+        seen.extend([config.train.steps, request.verb.name, request.overrides])
         return 3
 
     verb(run)
     assert command.main(["train", "train.steps=7"]) == 3
-    assert steps == [7]
+    assert seen == [7, "train", ("train.steps=7",)]
 
 
-def test_an_interruption_is_quiet(verb: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: Config) -> int:
+def test_a_refused_config_is_for_the_verb_to_mend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The verb itself is imported only once there is a sound config."""
+
+    def mended(error: UserError, request: Request) -> Config:
+        assert [problem.setting for problem in error.problems] == ["world size"]
+        if request.world_size == 3:
+            raise error
+        assert error.config is not None
+        return replace(error.config, train=replace(error.config.train, steps=7))
+
+    toy = replace(VERBS["train"], module="no_such_module", on_refusal="mending_of_this_test:mended")
+    monkeypatch.setitem(VERBS, "train", toy)
+    monkeypatch.setitem(sys.modules, "mending_of_this_test", SimpleNamespace(mended=mended))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    broken = ["train", "parallel.tensor=2", "train.global_batch_size=12"]
+    assert command.main(broken) == 2
+    assert "world size=3" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        command.main(broken)
+    run = SimpleNamespace(run=lambda config, _: config.train.steps)
+    monkeypatch.setitem(sys.modules, "no_such_module", run)
+    assert command.main(broken) == 7
+
+
+def test_an_interruption_is_quiet(verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
     verb(interrupted)
@@ -51,11 +83,11 @@ def test_an_interruption_is_quiet(verb: Callable[..., None], capsys: pytest.Capt
 def test_a_mistake_found_by_a_verb_is_printed_by_one_rank(
     rank: str | None,
     lines: int,
-    verb: Callable[..., None],
+    verb: Callable[[Run], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def refuse(_: Config) -> int:
+    def refuse(*_: object) -> int:
         raise user_error("data.path", "x", "must hold documents", "data.path=y")
 
     verb(refuse)
@@ -72,11 +104,11 @@ def test_a_mistake_found_by_a_verb_is_printed_by_one_rank(
 
 @pytest.mark.parametrize("flag", ["--local_rank=3", "--local_rank 3", "--local-rank=3", "--local-rank 3"])
 def test_the_rank_of_the_deepspeed_launcher_goes_to_the_environment(
-    flag: str, verb: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    flag: str, verb: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "to be taken back")
     monkeypatch.delenv("LOCAL_RANK")
-    verb(lambda config: config.train.steps)
+    verb(lambda config, _: config.train.steps)
     assert command.main([*flag.split(), "train", "train.steps=7"]) == 7
     assert os.environ["LOCAL_RANK"] == "3"
     assert command.main(["train", "--local_rank=5", "train.steps=7"]) == 7
@@ -91,3 +123,29 @@ def test_an_unknown_verb_is_refused(written: str, fix: str, capsys: pytest.Captu
     assert command.main([written]) == 2
     assert f"verb={written}" in (message := capsys.readouterr().err)
     assert message.endswith(f"fix:  {fix}\n")
+
+
+@pytest.mark.parametrize(("rank", "is_told"), [(None, True), ("0", True), ("1", False)])
+def test_a_former_name_still_runs_and_says_the_new_one_once(
+    rank: str | None,
+    is_told: bool,
+    verb: Callable[[Run], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verb(lambda config, request: len(request.verb.name) + config.train.steps)
+    monkeypatch.setitem(VERBS, "train", replace(VERBS["train"], former_names=("practise",)))
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    assert command.main(["practise", "train.steps=7"]) == 12
+    told = "distllm practise is now called distllm train\n" if is_told else ""
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize("name", ["check", "config", "checkpoint"])
+def test_a_verb_that_cannot_be_swept_says_why(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    action = ["list"] if name == "checkpoint" else []
+    assert command.main([name, *action, "-m", "train.seed=1,2"]) == 2
+    message = capsys.readouterr().err
+    assert f"arguments=--multirun\n    rule: {VERBS[name].no_sweep}\n" in message
+    assert message.endswith(f"    fix:  distllm {name} for each of them\n")

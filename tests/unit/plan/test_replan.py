@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from jobs import SMALL_JOB
 
-from distllm.config import compose
+from distllm.config import compose, rules
 from distllm.config.problems import UserError
 from distllm.config.schema import Config
 from distllm.plan.replan import replanned
@@ -17,7 +17,7 @@ def on(world_size: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Con
     try:
         return compose.load(request)
     except UserError as error:
-        return replanned(error, world_size, "train")
+        return replanned(error, request)
 
 
 def degrees(config: Config) -> tuple[int, int]:
@@ -54,3 +54,9 @@ def test_other_mistakes_are_not_planned_away(monkeypatch: pytest.MonkeyPatch) ->
         on(2, monkeypatch, "train.steps=1e3")
     with pytest.raises(UserError, match="hidden_size"):
         on(2, monkeypatch, "model.hidden_size=63")
+    # Left out of what is composed: a job without it is another job.
+    with pytest.raises(UserError, match="must be written SETTING=VALUE"):
+        on(2, monkeypatch, "train.seed")
+    monkeypatch.setattr(rules, "OLDEST_TORCH", (99, 0))
+    with pytest.raises(UserError, match="must be at least 99"):
+        on(2, monkeypatch)

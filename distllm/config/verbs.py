@@ -1,0 +1,172 @@
+"""The table of verbs: what `distllm VERB` can be. A new verb is one file, and one entry here.
+
+A verb that does not belong to distllm registers itself: `register(Verb("mine", ..., module="my_module"))`, in
+a module that the environment variable DISTLLM_PLUGINS names (see `registry.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from distllm.config import data_rules, rules
+from distllm.config.layout_rules import Rule
+from distllm.config.problems import user_error
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the command line needs to know of a verb, before anything of it is imported.
+
+    help: what it does, in a few words.
+    module: has `run(config: Config, request: Request) -> int`, which does it and returns the exit code.
+    actions: what it can do, where it can do several things: its first argument says which. None stands for no
+        such argument. ANY_WORD leaves it to the verb which words it takes.
+    bare_arguments: what is asked of one call and is no setting of the job; NAME=VALUE like an override.
+    rules, environment_rules: those that its config must keep. Each verb answers for the sections that it
+        uses: `generate` and `export` take the model from a checkpoint.
+    no_sweep: why `-m` is refused; None where every job of a sweep is a call of the verb.
+    usage: what may follow its name, for the help; ACTION stands for all actions.
+    on_refusal: `module:function`, called with the `UserError` that refuses the config and the request;
+        returns the config to take instead, or raises.
+    former_names: it still answers to them.
+    """
+
+    name: str
+    help: str
+    module: str
+    actions: tuple[str | None, ...] = (None,)
+    bare_arguments: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    environment_rules: tuple[Rule, ...] = ()
+    no_sweep: str | None = None
+    usage: tuple[str, ...] = ()
+    on_refusal: str = "distllm.plan.replan:replanned"
+    former_names: tuple[str, ...] = ()
+
+    @property
+    def usage_lines(self) -> list[str]:
+        actions = "|".join(filter(None, self.actions))
+        return [f"distllm {self.name} {line.replace('ACTION', actions)}" for line in self.usage]
+
+
+ANY_WORD: tuple[str | None, ...] = ()
+_FILES: tuple[Rule, ...] = (data_rules.data_found, rules.tokenizer_found)
+_TABLE = (
+    Verb(
+        "train",
+        "pretrain a model; the same command again resumes",
+        "distllm.verbs.train",
+        rules=rules.JOB_RULES,
+        environment_rules=(
+            *_FILES,
+            rules.checkpoint_found,
+            rules.run_directory,
+            rules.wandb_installed,
+        ),
+    ),
+    Verb(
+        "check",
+        "say whether a job is legal on world_size=N ranks, and what it needs",
+        "distllm.verbs.check",
+        bare_arguments=("world_size",),
+        rules=rules.JOB_RULES,
+        environment_rules=(rules.tokenizer_found,),  # all that it reads, for the size of the vocabulary
+        no_sweep="looks at one job at a time",
+        on_refusal="distllm.verbs.check:refuse",
+    ),
+    Verb(
+        "config",
+        "say what each setting means, what it may be and what it is",
+        "distllm.verbs.config",
+        actions=ANY_WORD,
+        no_sweep="looks at one job at a time",
+        usage=("[GROUP|GROUP.SETTING] [overrides]",),
+    ),
+    Verb(
+        "tokenizer",
+        "train the tokenizer of a job",
+        "distllm.verbs.tokenizer",
+        rules=rules.DATA_RULES,
+        environment_rules=_FILES,
+    ),
+    Verb(
+        "data",
+        "turn the documents of a job into token files; again resumes",
+        "distllm.verbs.data",
+        actions=(None, "merge"),
+        bare_arguments=("shard",),
+        rules=rules.DATA_RULES,
+        environment_rules=_FILES,
+        usage=(
+            "shard=I/N [overrides] for each I from 0 to N - 1, on any machines; then",
+            "merge [overrides]",
+        ),
+    ),
+    Verb(
+        "lineage",
+        "say what data went into a step; prove that each sequence came once",
+        "distllm.verbs.lineage",
+        bare_arguments=("step", "steps", "verify"),
+        usage=("run.dir=DIR step=N|verify=true [overrides]",),
+        former_names=("trace",),
+    ),
+    Verb("report", "say what became of a run's time", "distllm.verbs.report"),
+    Verb(
+        "generate",
+        "continue a prompt from the newest checkpoint of a run",
+        "distllm.verbs.generate",
+    ),
+    Verb(
+        "export",
+        "write a checkpoint as a Hugging Face folder",
+        "distllm.verbs.export",
+        rules=(rules.export_path,),
+        environment_rules=(rules.checkpoint_found, rules.export_folder),
+    ),
+    Verb(
+        "import",
+        "start a run from the weights of a Hugging Face folder",
+        "distllm.verbs.import_",
+        rules=(rules.import_path,),
+        environment_rules=(rules.import_folder, rules.run_directory),
+    ),
+    Verb(
+        "checkpoint",
+        "list, show, verify or prune the checkpoints of a run",
+        "distllm.verbs.checkpoint",
+        actions=("list", "show", "verify", "prune"),
+        environment_rules=(rules.run_found,),
+        no_sweep="looks at one run at a time",
+        usage=("ACTION run.dir=DIR [overrides]",),
+    ),
+    Verb(
+        "bench",
+        "measure a part of a job on this machine",
+        "distllm.verbs.bench",
+        # Each is a module of distllm/bench.
+        actions=("train", "layouts", "recompute", "checkpoint", "data", "startup"),
+        rules=rules.JOB_RULES,
+        # Of its actions only `data` reads documents, and says itself what is missing.
+        environment_rules=(rules.tokenizer_found, rules.bench_folder),
+        usage=("ACTION [overrides]",),
+    ),
+)
+VERBS: dict[str, Verb] = {verb.name: verb for verb in _TABLE}
+
+
+def register(verb: Verb) -> None:
+    """A name that is taken gets the new verb."""
+    VERBS[verb.name] = verb
+
+
+def find(name: str) -> Verb:
+    """The verb that is called `name`, or once was; a `UserError` where there is none."""
+    if name in VERBS:
+        return VERBS[name]
+    for verb in VERBS.values():
+        if name in verb.former_names:
+            return verb
+    nearest = difflib.get_close_matches(name, VERBS, n=1)
+    fix = f"distllm {nearest[0]}" if nearest else "distllm --help"
+    raise user_error("verb", name, f"must be one of {', '.join(VERBS)}", fix)
