@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from distllm.config.registry import Choice
@@ -118,7 +118,7 @@ def readable(annotation: Any) -> str:
 def _bounded(annotation: Any, details: tuple[Any, ...]) -> str:
     bounds = []
     for detail in details:
-        if isinstance(detail, AfterValidator) and isinstance(detail.func, Choice):
+        if isinstance(detail, BeforeValidator) and isinstance(detail.func, Choice):
             return " | ".join(detail.func.names)
         for bound in detail.metadata if isinstance(detail, FieldInfo) else []:
             if type(bound) in BOUNDS:
