@@ -11,9 +11,11 @@ from typing import Any
 from distllm.checkpoint.integrity import FileRecord, damage_of, hash_text
 from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.config.problems import UserError, user_error
+from distllm.config.upgrade import upgraded
 from distllm.layout.place import Shape
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+OLDEST_FORMAT_VERSION = 3  # what is older has another layout of files
 MANIFEST = "manifest.json"
 HASH = "xxh3_128_of_the_rest"
 
@@ -22,8 +24,9 @@ HASH = "xxh3_128_of_the_rest"
 class Manifest:
     """step: updates done. scalars: optimizer state that is one number for all parameters.
 
-    details: what the trainer puts beside the tensors, as JSON. tensors: global shape of every parameter.
-    states: dtype of every optimizer state, by the optimizer's own words. files: all but the manifest.
+    details: what the trainer puts beside the tensors, as JSON; its config in the words of this version.
+    tensors: global shape of every parameter. states: dtype of every optimizer state, by the optimizer's own
+    words. files: all but the manifest.
     """
 
     format_version: int
@@ -58,17 +61,19 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     digest = raw.pop(HASH, None)
     if digest is not None and digest != hash_text(_canonical(raw)):
         raise ValueError("its content was altered")
-    if raw["format_version"] != FORMAT_VERSION:
+    if not OLDEST_FORMAT_VERSION <= raw["format_version"] <= FORMAT_VERSION:
         age = "a newer" if raw["format_version"] > FORMAT_VERSION else "an older"
         raise user_error(
             "checkpoint",
             path,
             f"format version {raw['format_version']} was written by {age} distllm; "
-            f"this one reads {FORMAT_VERSION}",
+            f"this one reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}",
             f"install {age} distllm, or move the checkpoint away to go on from an earlier one",
         )
     if digest is None:
         raise ValueError("it has no hash of itself")
+    if "config" in raw["details"]:
+        raw["details"]["config"] = upgraded(raw["details"]["config"], raw["format_version"])
     tensors = {name: tuple(shape) for name, shape in raw.pop("tensors").items()}
     files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
     return Manifest(tensors=tensors, files=files, **raw)

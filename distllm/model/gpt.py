@@ -44,7 +44,7 @@ class GPT(GPTModel):
     """`GPTModel` over `padded_vocab_size` rows, of which only the first `vocab_size` are tokens.
 
     With labels the last chunk returns the sum of loss_mask * loss if there is a loss_mask, [batch, seq], and
-    else the losses of all tokens, which have no gradients then.
+    else the losses of all tokens, [batch, seq]: the negative of their log-probabilities.
     """
 
     def __init__(self, *args: Any, vocab_size: int, padded_vocab_size: int, **kwargs: Any) -> None:

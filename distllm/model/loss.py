@@ -47,8 +47,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """hidden: [seq (/tp), batch, hidden]; weight: [padded_vocab/tp, hidden]; labels: [batch, seq].
 
-    With token_weights, [batch, seq]: the sum of weight * loss, in fp32, with gradients for hidden and weight.
-    Without: the loss of every token in nats, [batch, seq] in fp32, without gradients.
+    With token_weights, [batch, seq]: the sum of weight * loss, in fp32. Without: the loss of every token in
+    nats, [batch, seq] in fp32, the negative of its log-probability. Both have gradients for hidden and
+    weight; those of all tokens cost the logits a second time, in the backward pass.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=part.group)
@@ -62,12 +63,8 @@ def linear_cross_entropy(
             flat_hidden, weight, flat_labels, token_weights.t().reshape(-1), part, kernels
         )
         return total
-    assert not torch.is_grad_enabled(), "the losses of single tokens have no gradients"
-    losses = [
-        _softmax(flat_hidden[rows], weight, flat_labels[rows], part, kernels).losses()
-        for rows in _chunks(flat_hidden, weight)
-    ]
-    return torch.cat(losses).view(seq, batch).t().contiguous()
+    losses: Tensor = _TokenLosses.apply(flat_hidden, weight, flat_labels, part, kernels)
+    return losses.view(seq, batch).t().contiguous()
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -93,11 +90,7 @@ class _WeightedLoss(torch.autograd.Function):
         for rows in _chunks(hidden, weight):
             softmax = _softmax(hidden[rows], weight, labels[rows], part, kernels)
             total += (softmax.losses() * token_weights[rows]).sum()
-            unscaled = softmax.without_label()  # [tokens of the chunk, vocab/tp]
-            scale = (token_weights[rows] / softmax.normalizer)[:, None]
-            torch.mm(unscaled, weight, out=grad_hidden[rows])
-            grad_hidden[rows].mul_(scale)
-            grad_weight.addmm_(unscaled.t(), (hidden[rows] * scale).to(hidden.dtype))
+            _add_gradients(softmax, hidden[rows], weight, token_weights[rows], grad_hidden[rows], grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -105,6 +98,45 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The loss of every token. What their gradients are is known in the backward pass only, which computes
+    the logits of each chunk again instead of keeping them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart, kernels: Kernels
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.part, ctx.kernels = part, kernels
+        chunks = _chunks(hidden, weight)
+        return torch.cat([_softmax(hidden[r], weight, labels[r], part, kernels).losses() for r in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _chunks(hidden, weight):
+            softmax = _softmax(hidden[rows], weight, labels[rows], ctx.part, ctx.kernels)
+            _add_gradients(softmax, hidden[rows], weight, grad_losses[rows], grad_hidden[rows], grad_weight)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _add_gradients(
+    softmax: _Softmax,
+    hidden: Tensor,
+    weight: Tensor,
+    token_weights: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """Write the gradients of a chunk's hidden states, and add those of the output layer."""
+    unscaled = softmax.without_label()  # [tokens of the chunk, vocab/tp]
+    scale = (token_weights / softmax.normalizer)[:, None]
+    torch.mm(unscaled, weight, out=grad_hidden)
+    grad_hidden.mul_(scale)
+    grad_weight.addmm_(unscaled.t(), (hidden * scale).to(hidden.dtype))
 
 
 @dataclass(frozen=True)

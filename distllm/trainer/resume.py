@@ -132,11 +132,13 @@ def refuse_other_job(
     """
     before, now = settings(manifest.details["config"]), settings(to_plain(config))
     is_trained = manifest.details["data"] is not None  # not just imported
+    # Its name is not told by earlier formats; `restore` compares all that it stands for.
+    free = {*FREE_MODEL_SETTINGS, *(["model.family"] if manifest.format_version < 4 else [])}
     problems = []
     for setting, value in before.items():
         if setting in ORDER_SETTINGS and is_trained:
             reason = "the order of the data hangs on it"
-        elif setting.startswith("model.") and setting not in FREE_MODEL_SETTINGS:
+        elif setting.startswith("model.") and setting not in free:
             reason = "the weights hang on it"
         else:
             continue

@@ -1,6 +1,6 @@
-"""Make the small runs in this folder whose checkpoints later versions must still read.
+"""Make the small runs in tests/formats whose checkpoints later versions must still read.
 
-    python tests/formats/make.py CHECKOUT      # a checkout of the commit whose format is to be kept
+    python tests/make_formats.py CHECKOUT      # a checkout of the commit whose format is to be kept
 
 Each run trains six steps with a checkpoint after four, which is the one that is kept: what a resume must
 train in steps five and six is in `metrics.jsonl`. Checkpoint formats so far: 3, made of b33b1bd.
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "formats"
 STEPS, SAVED = 6, 4
 KEPT = (f"checkpoints/step_{SAVED:08}", "metrics.jsonl", "config.yaml")
 SHAPE = (
