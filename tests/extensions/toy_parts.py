@@ -63,7 +63,7 @@ class Momentum(Recipe):
 
 
 class Focal(Objective):
-    """Count tokens less that are predicted well (Lin et al. 2017, arXiv:1708.02002): no weights can say it."""
+    """Count tokens less that are predicted well (Lin et al. 2017, arXiv:1708.02002); weights cannot say it."""
 
     def loss_weights(self, batch: Microbatch) -> Tensor | None:
         return None

@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import make_formats as make
 import pytest
 from commands import fork
-import make_formats as make
 from runs import curve, events
 
 from distllm.checkpoint.manifest import FORMAT_VERSION, read_manifest
@@ -28,8 +28,6 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_the_last_format_before_this_one_is_kept() -> None:
     wanted = {f"format_{version}" for version in range(3, FORMAT_VERSION)}
     assert {path.parent.name for path in KEPT} >= wanted
-        f"format_{version}" for version in range(3, FORMAT_VERSION)
-    }
 
 
 def test_it_goes_on_as_it_would_have(kept: Path, tmp_path: Path) -> None:
