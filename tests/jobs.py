@@ -26,6 +26,7 @@ from distllm.model.build import build_model
 from distllm.objectives import create_objective
 
 VOCAB_SIZE = 300
+TIMEOUT = timedelta(seconds=60)
 
 # Small, and such that rounding stays rounding. Adam divides a gradient by its own size: where a gradient is
 # only rounding noise, the update is noise of the size of the learning rate. An epsilon far above the noise of
@@ -90,7 +91,7 @@ def microbatches(step: int, config: Config, groups: Groups) -> list[Microbatch]:
 def build_engine(config: Config, vocab_size: int = VOCAB_SIZE) -> Engine:
     """Model and engine of a config in a world that is started; `finish` undoes it."""
     grid = Grid.of(config.parallel, torch.distributed.get_world_size())
-    groups = create_groups(grid, timedelta(seconds=60), config.parallel.virtual_pipeline)
+    groups = create_groups(grid, TIMEOUT, config.parallel.virtual_pipeline)
     built = build_model(config, vocab_size, groups, torch.device("cpu"), _never)
     return create_engine(built.chunks, built.places, config, groups, create_objective(config))
 
