@@ -109,12 +109,6 @@ def test_the_top_of_the_repository_is_short() -> None:
 
 # The rooms of the axes themselves, and what users read of the grid.
 MAY_NAME_THE_DATA_AXIS = ("layout/", "plan/rank_view.py", "trainer/describe.py", "verbs/check.py")
-    "layout/",
-    "config/axes.py",
-    "plan/rank_view.py",
-    "trainer/describe.py",
-    "verbs/check.py",
-)
 
 
 def test_roles_are_asked_for_instead_of_the_data_axis() -> None:
