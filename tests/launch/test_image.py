@@ -114,7 +114,7 @@ def smoke_here(folder: Path, distllm: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([SMOKE], cwd="/", env=environment, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.nightly
+@pytest.mark.long
 def test_the_smoke_test_passes_here(tmp_path: Path) -> None:
     result = smoke_here(tmp_path, 'exec python3 -m distllm "$@"')
     assert result.returncode == 0, result.stdout + result.stderr
