@@ -162,7 +162,7 @@ def test_killed_again_and_again(data: schema.Data, tmp_path: Path) -> None:
     process = start(data, BPE, TWO_WORKERS, UNIT_BYTES)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert "goes on with 0 of" in output
+    assert "continues with 0 of" in output
     assert only_contents(data) == only_contents(replace(data, cache=str(tmp_path / "undisturbed")), None)
     assert not list(Path(data.cache).glob("*.pieces")), "the pieces are removed"
     assert not list(Path(data.cache).glob("*.unfinished"))
@@ -178,7 +178,7 @@ def test_what_is_whole_is_not_made_again(data: schema.Data, expected: dict[str, 
     lines: list[str] = []
     prepare(data, PREPARATION, BPE, lines.append, UNIT_BYTES)
     num_units = len(corpus(data).work().units)
-    assert f"goes on with {num_units // 2} of {num_units} pieces; the others are there" in lines
+    assert f"continues with {num_units // 2} of {num_units} pieces; the others are complete" in lines
     assert only_contents(data) == expected
 
 
