@@ -71,8 +71,7 @@ class TokenStream:
         return self._tokens.read(self._first_token + start, self._first_token + stop)
 
     def offsets(self, first: int, count: int) -> np.ndarray:
-        """Return int64 [count]: the first tokens of documents first on; num_tokens for document
-        num_documents."""
+        """Return int64 [count]: first tokens of documents first on; num_tokens for document num_documents."""
         return self._file_offsets(first, count) - self._first_token
 
     def document_at(self, token: int) -> int:

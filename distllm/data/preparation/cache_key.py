@@ -43,6 +43,6 @@ def document_settings(
 
 
 def libraries() -> dict[str, str]:
-    """Return versions for readers of the manifest; in the key, each upgrade would train other tokenizers."""
+    """Return versions for readers of the manifest; in the key, each upgrade would retrain tokenizers."""
     names = ("tokenizers", "datasets", "numpy")
     return {"python": sys.version, **{name: version(name) for name in names}}
