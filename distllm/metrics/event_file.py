@@ -31,7 +31,7 @@ class EventFile:
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write one point per tag at `step`; NaN and infinity are shown as such. OSError: the disk is full."""
+        """Write one point per tag at `step`; NaN and infinity are shown as such. OSError: disk full."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]

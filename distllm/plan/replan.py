@@ -1,4 +1,4 @@
-"""A job whose world has another size than it was laid out for: the nearest legal layout, if wanted."""
+"""The nearest legal layout for a job that has another number of ranks than its layout needs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distllm.plan.nearest import nearest_layouts
 
 
 def replanned(error: UserError, request: Request) -> Config:
-    """The refused job in the nearest layout that its ranks allow, with the same global batch.
+    """Return the rejected job in the nearest layout that its ranks allow, with the same global batch.
 
-    Raises `error` where `fault.replan` is off, where something else than the layout is wrong, or where no
+    Raises `error` where `fault.replan` is off, where something other than the layout is wrong, or where no
     layout would be legal without another global batch.
     """
     config, world_size, verb = error.config, request.world_size, request.verb
