@@ -9,9 +9,9 @@ buckets and the gradient that is being computed are not counted):
   partition's ends cut through count whole. With interleaved chunks it also keeps zeros for those that a
   backward pass does not reach, up to half as much again, which is not predicted here.
 - The update, when no activations are left. Stages 1 and 2, unless weights are bf16 and gradients fp32, and
-  stage 3: the partition of the larger optimizer group is copied into one flat fp32 tensor beside the gradients
-  themselves: 4 / N more. Stage 1 first copies its partition out of the reduced gradients, before it frees
-  those: G + G / N, less what has passed through the bucket by then.
+  stage 3: the partition of the larger optimizer group is copied into one flat fp32 tensor beside the
+  gradients themselves: 4 / N more. Stage 1 first copies its partition out of the reduced gradients, before it
+  frees those: G + G / N, less what has passed through the bucket by then.
 - Offloaded states have fp32 gradients in host memory beside them; stage 3 keeps its gradients there, too, and
   stage 2, unless weights are bf16 and gradients fp32, adds microbatches there. Stages 1 and 2 pass the new
   weights through a buffer there, and gradients through one of the largest parameter's size.

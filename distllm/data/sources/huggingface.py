@@ -60,7 +60,7 @@ class HuggingFace(SourceKind):
     def read(
         self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
     ) -> Rows:
-        """Read rows. User errors: the data set changed after its files were listed; the hub cannot be reached."""
+        """Read rows. User errors: the data set changed since its files were listed; the hub is down."""
         import pyarrow as pa
 
         from distllm.data.sources.columns import column_problem, decoded_document, encoded_texts
