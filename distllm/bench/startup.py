@@ -252,7 +252,7 @@ def _table(by_ranks: Mapping[int, Mapping[str, Cost]], growth: Sequence[Mapping[
         "wall_seconds": "wall seconds of the slowest rank (ranks may outnumber cores)",
         "processor_seconds": "processor seconds of a rank, at most",
         "store_operations": "operations of a rank on the rendezvous store, at most",
-        "groups_made": "process groups that a rank makes or hears of",
+        "groups_made": "process groups that a rank creates or registers",
         "collective_bytes": "bytes of messages of a rank outside of training",
     }
     lines = []

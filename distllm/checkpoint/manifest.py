@@ -71,7 +71,7 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
             path,
             f"format version {raw['format_version']} was written by {age} distllm; "
             f"this one reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}",
-            f"install {age} distllm, or move the checkpoint away to go on from an earlier one",
+            f"install {age} distllm, or move the checkpoint away to resume from an earlier one",
         )
     if digest is None:
         raise ValueError("it has no hash of itself")

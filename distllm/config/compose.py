@@ -286,7 +286,7 @@ def _compose_one_by_one(
     try:
         return _load(loader, request, usable), problems
     except COMPOSITION_ERRORS as error:
-        fix = "take back overrides until they agree"
+        fix = "remove overrides until they agree"
         problems.append(Problem("overrides", " ".join(request.overrides), _one_line(error), fix))
         raise UserError(problems) from error
 
@@ -312,7 +312,7 @@ def _explained(loader: ConfigLoaderImpl, override: Override, error: Exception) -
         fix = f"{'' if override.is_add() else '+'}{override.key_or_group}={value}"
         return Problem(setting, value, _one_line(error), fix)
     return Problem(
-        setting, value, _one_line(error), f"distllm VERB --cfg job shows what is there, {GRAMMAR} how"
+        setting, value, _one_line(error), f"distllm VERB --cfg job shows the settings, {GRAMMAR} the grammar"
     )
 
 

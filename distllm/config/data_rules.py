@@ -45,7 +45,9 @@ def mixture(config: Config, _: int) -> Iterator[Problem]:
             yield Problem(f"data.{setting}", value, rule, f"data.sources.NAME.{setting}={value}")
     for name in data.sources:
         if not re.fullmatch(NAME, name):
-            rule = "the name of a source is letters, digits, _ and -, for it names metrics"
+            rule = (
+                "the name of a source must consist of letters, digits, _ and -, since metrics are named by it"
+            )
             yield Problem("data.sources", name, rule, f"data.sources.{re.sub('[^A-Za-z0-9_-]', '_', name)}")
     if not any(source.weight for source in data.sources.values()):
         fix = "data.sources.NAME.weight=1"
@@ -65,7 +67,7 @@ def mixture_changes(config: Config, _: int) -> Iterator[Problem]:
         elif not any(change.weights.values()):
             yield Problem(setting, change.weights, "one weight must be above 0", "raise one")
         if steps.index(change.step) != number:
-            rule = "another change stands at the same step"
+            rule = "another change has the same step"
             yield Problem(f"{setting}.step", change.step, rule, "keep one of them")
 
 

@@ -187,7 +187,7 @@ def _vocabulary(config: Config, _: int) -> Iterator[Problem]:
         rule = f"must be null or {smallest}: {parts}"
         yield Problem("tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=null")
     elif tokenizer.kind == "huggingface" and size is not None:
-        rule = "must be null for tokenizer.kind=huggingface, whose files say it"
+        rule = "must be null for tokenizer.kind=huggingface, whose files define it"
         yield Problem("tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=null")
     elif tokenizer.kind == "bpe" and tokenizer.path is None and (size is None or size < smallest):
         rule = f"must be at least {smallest} to train a BPE: {parts}"
@@ -266,9 +266,9 @@ def export_folder(config: Config, _: int) -> Iterator[Problem]:
 def bench_folder(config: Config, _: int) -> Iterator[Problem]:
     folder, file = config.bench.folder, config.bench.json
     if folder is not None and not os.path.isdir(folder):
-        yield Problem("bench.folder", folder, "must be a folder that is there", "bench.folder=null")
+        yield Problem("bench.folder", folder, "must be an existing folder", "bench.folder=null")
     if file is not None and os.path.isdir(file):
-        yield Problem("bench.json", file, "must be a file, and is a folder", "bench.json=FILE")
+        yield Problem("bench.json", file, "must be a file, not a folder", "bench.json=FILE")
     elif file is not None and (reason := _why_not_writable(os.path.dirname(os.path.abspath(file)))):
         yield Problem("bench.json", file, f"must be writable; {reason}", "bench.json=FILE")
 

@@ -287,8 +287,8 @@ class Fault:
     spike_threshold: robust standard deviations above their median from which on it is a spike.
     spike_action: `skip` leaves out the samples of the step; `rewind` first returns to the last checkpoint;
         `off` ignores spikes.
-    max_refused_steps: in a row, before the job gives up.
-    max_rewinds: in one start of the job.
+    max_refused_steps: refused steps in a row at which the job gives up.
+    max_rewinds: rewinds in one start of the job, after which it gives up.
     grace_seconds: time to stop after a signal (SIGTERM, SIGUSR1) before the job is ended.
     replan: where the layout is not legal on the given number of ranks, as after the loss of a node, take the
         nearest legal one with the same global batch instead of an error. null: as launch/torchrun.sh says,

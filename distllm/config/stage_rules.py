@@ -88,7 +88,12 @@ def chunks_fill_the_stages(config: Config, _: int) -> Iterator[Problem]:
     if chunks > 1 and parallel.pipeline == 2 and parallel.first_stage_layers and parallel.last_stage_layers:
         # get_transformer_layer_offset divides by the number of stages in between.
         rule = "cannot be interleaved when both of 2 stages have their layers set (Megatron Core 0.16.1)"
-        yield Problem(setting, chunks, rule, "parallel.last_stage_layers=null: they are what is left")
+        yield Problem(
+            setting,
+            chunks,
+            rule,
+            "parallel.last_stage_layers=null: the last stage then gets the remaining layers",
+        )
     counted = counted_layers_per_stage(config.model.num_layers, parallel)
     common = math.gcd(*counted)
     if common % chunks:

@@ -78,6 +78,6 @@ def pipeline_stages(num_layers: int, parallel: Parallel) -> list[Stage]:
         for stage, size in enumerate(row):
             chunks[stage].append(range(next_layer, next_layer + size))
             next_layer += size
-    assert next_layer == num_layers, f"{next_layer} layers were dealt out, the model has {num_layers}"
+    assert next_layer == num_layers, f"{next_layer} layers were assigned, the model has {num_layers}"
     last = parallel.pipeline - 1
     return [Stage(tuple(held), stage == 0, stage == last) for stage, held in enumerate(chunks)]

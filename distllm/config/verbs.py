@@ -67,7 +67,7 @@ _TABLE = (
     ),
     Verb(
         "check",
-        "say whether a job is legal on world_size=N ranks, and what it needs",
+        "check whether a job is legal on world_size=N ranks, and what it needs",
         "distllm.verbs.check",
         bare_arguments=("world_size",),
         rules=rules.JOB_RULES,
@@ -77,7 +77,7 @@ _TABLE = (
     ),
     Verb(
         "config",
-        "say what each setting means, what it may be and what it is",
+        "explain every setting: meaning, allowed values, present value",
         "distllm.verbs.config",
         actions=ANY_WORD,
         no_sweep="looks at one job at a time",
@@ -92,7 +92,7 @@ _TABLE = (
     ),
     Verb(
         "data",
-        "turn the documents of a job into token files; again resumes",
+        "turn the documents of a job into token files; the same command again resumes",
         "distllm.verbs.data",
         actions=(None, "merge"),
         bare_arguments=("shard",),
@@ -105,13 +105,13 @@ _TABLE = (
     ),
     Verb(
         "lineage",
-        "say what data went into a step; prove that each sequence came once",
+        "trace the data of a step; prove that each sequence came once",
         "distllm.verbs.lineage",
         bare_arguments=("step", "steps", "verify"),
         usage=("run.dir=DIR step=N|verify=true [overrides]",),
         former_names=("trace",),
     ),
-    Verb("report", "say what became of a run's time", "distllm.verbs.report"),
+    Verb("report", "account for a run's time", "distllm.verbs.report"),
     Verb(
         "generate",
         "continue a prompt from the newest checkpoint of a run",

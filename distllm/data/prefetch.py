@@ -37,12 +37,12 @@ class Prefetcher(Generic[Request, Result]):
     def get(self, request: Request) -> Result:
         if self._executor is None:
             return self._read(request)
-        wanted = [request, *islice(self._following(request), self._depth)]
+        to_read = [request, *islice(self._following(request), self._depth)]
         for ahead, future in self._pending:
-            if ahead not in wanted:
+            if ahead not in to_read:
                 future.cancel()
-        pending = [(ahead, future) for ahead, future in self._pending if ahead in wanted]
-        for ahead in wanted:
+        pending = [(ahead, future) for ahead, future in self._pending if ahead in to_read]
+        for ahead in to_read:
             if not any(ahead == known for known, _ in pending):
                 pending.append((ahead, self._executor.submit(self._read, ahead)))
         self._pending = [(ahead, future) for ahead, future in pending if ahead != request]

@@ -138,7 +138,7 @@ def check_vocabulary(prefix: Path, max_token: int, vocab_size: int) -> None:
             "tokenizer.path",
             f"a vocabulary of {vocab_size}",
             f"must be the tokenizer that made {prefix}.bin, whose largest token id is {max_token}",
-            "name that tokenizer, or prepare the data anew with this one",
+            "name that tokenizer, or prepare the data again with this one",
         )
     token_type = TokenStream(prefix).token_type
     largest = int(np.iinfo(token_type).max)
@@ -147,9 +147,9 @@ def check_vocabulary(prefix: Path, max_token: int, vocab_size: int) -> None:
             "tokenizer.vocab_size",
             vocab_size,
             f"must fit the token type of {prefix}.bin, {token_type}: at most {largest + 1}",
-            "a smaller vocabulary, or remove the folder, and it is prepared anew",
+            "a smaller vocabulary, or remove the folder, and it is prepared again",
         )
 
 
 def _broken(file: Path, rule: str) -> UserError:
-    return user_error("data.cache", file, rule, "remove its folder, and it is prepared anew")
+    return user_error("data.cache", file, rule, "remove its folder, and it is prepared again")

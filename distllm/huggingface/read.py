@@ -106,7 +106,7 @@ def match_tensors(
     inexact = [f"{name} is {tensors[name].type}" for name in known if tensors[name].type not in EXACT_TYPES]
     complaints = {
         "must hold every tensor of the model; missing:": missing,
-        "must hold nothing that our model has no place for; superfluous:": superfluous,
+        "must hold only tensors that our model has; superfluous:": superfluous,
         "must hold tensors of the shapes that config.json describes;": misshapen,
         f"must hold {', '.join(EXACT_TYPES)}, which fp32 holds exactly;": inexact,
     }

@@ -93,7 +93,7 @@ def describe(found: Account) -> str:
         "start-up": (found.start_up, plural(found.starts, "start")),
         "checkpoints": (found.checkpoints, "for which training stood still"),
         "validation": (found.validation, ""),
-        "lost work": (found.lost, f"{plural(found.lost_steps, 'step')} refused or done again"),
+        "lost work": (found.lost, f"{plural(found.lost_steps, 'step')} rejected or repeated"),
         "waiting": (found.waiting, "between two starts"),
         "other": (found.other, ""),
     }

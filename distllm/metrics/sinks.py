@@ -79,7 +79,7 @@ class MetricsWriter:
                 self._event_file.write(scalars, step)
             except OSError as error:
                 self._event_file = None
-                self._warn(f"{error}; TensorBoard's curves end at step {step}, metrics.jsonl goes on")
+                self._warn(f"{error}; TensorBoard's curves end at step {step}, metrics.jsonl continues")
 
     def close(self) -> None:
         """Close the sinks; a second call does nothing. OSError where waiting rows cannot be written."""

@@ -94,7 +94,7 @@ def start_summary(facts: StartFacts) -> str:
             facts.global_batch_size, facts.micro_batch_size, facts.data_parallel, facts.seq_length
         ),
         "training": _training(facts),
-        "memory": "estimate for the fullest rank\n" + _memory(facts.memory_bytes_per_rank),
+        "memory": "estimate for the rank that needs most\n" + _memory(facts.memory_bytes_per_rank),
         "run": f"{facts.run_dir}\n" + _resume(facts),
     }
     return block("distllm: training starts", sections)
@@ -128,7 +128,7 @@ def _model(facts: StartFacts) -> str:
 
 def _zero(facts: StartFacts) -> str:
     ranks = plural(facts.data_parallel, "data-parallel rank")
-    return f"stage {facts.zero_stage}: {ZERO_STAGES[facts.zero_stage]} split over {ranks}"
+    return f"stage {facts.zero_stage}: {ZERO_STAGES[facts.zero_stage]} partitioned over {ranks}"
 
 
 def batch_arithmetic(
@@ -170,7 +170,7 @@ def _memory(items: Mapping[str, int]) -> str:
 def _resume(facts: StartFacts) -> str:
     if facts.resumed_from is None:
         return "from scratch"
-    return f"goes on after step {facts.resume_step:,} of {facts.steps:,}, from {facts.resumed_from}"
+    return f"continues after step {facts.resume_step:,} of {facts.steps:,}, from {facts.resumed_from}"
 
 
 def _losses(facts: EndFacts) -> str:

@@ -165,5 +165,5 @@ class _WithFallback:
         except Exception as error:  # a missing compiler, or a compiler bug: there is no common class
             self._function = self._as_written
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._warn(f"{self._as_written.__name__} runs as it is written: not compiled: {reason}")
+            self._warn(f"{self._as_written.__name__} runs uncompiled: {reason}")
             return self._as_written(*arguments)

@@ -113,7 +113,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[tuple[float, Change
         ),
         (uneven_settings_have_stages, layers_fill_the_stages, chunks_fill_the_stages),
     )
-    zeros = _legal(config, ({"zero.stage": stage} for stage in range(4)), (zero_has_what_is_asked,))
+    zeros = _legal(config, ({"zero.stage": zero_stage} for zero_stage in range(4)), (zero_has_what_is_asked,))
     if {} in zeros:
         zeros = [{}]  # no other rule demands another ZeRO stage
     recomputes: list[Changes] = [{}, {"recompute.num_layers": None}] if config.recompute.num_layers else [{}]

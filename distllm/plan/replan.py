@@ -19,7 +19,7 @@ def replanned(error: UserError, request: Request) -> Config:
     layout would be legal without another global batch.
     """
     config, world_size, verb = error.config, request.world_size, request.verb
-    if config is None or not _is_wanted(config) or rules.check_versions():
+    if config is None or not _is_enabled(config) or rules.check_versions():
         raise error
     for proposal in nearest_layouts(config, world_size, most=10):
         if "train.global_batch_size" in proposal.changes:
@@ -34,7 +34,7 @@ def replanned(error: UserError, request: Request) -> Config:
     raise error
 
 
-def _is_wanted(config: Config) -> bool:
+def _is_enabled(config: Config) -> bool:
     if config.fault.replan is None:
         return os.environ.get("DISTLLM_ELASTIC") == "1"
     return config.fault.replan

@@ -26,7 +26,7 @@ def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int)
     """
     silent = [rank for rank in range(world_size) if ages.get(rank, float("inf")) > STALE_SECONDS]
     if silent:
-        return Diagnosis(tuple(silent), "no sign of life: stopped, dead, or held up inside one call")
+        return Diagnosis(tuple(silent), "no sign of life: stopped, dead, or blocked inside one call")
     waiting = [rank for rank, beat in beats.items() if beat.collective]
     stuck = [rank for rank in beats if rank not in waiting]
     if waiting and stuck:

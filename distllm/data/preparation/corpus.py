@@ -122,7 +122,7 @@ class Corpus:
             self.make_pieces(work, range(len(work.units)), report)
             facts = self._join(work, folder, report)
         seconds = time.monotonic() - start
-        done = "looked through" if self.is_tokenized else "tokenized"
+        done = "checked" if self.is_tokenized else "tokenized"
         report(f"{done} {len(self.files):,} files in {seconds:.1f} s")
         splits = facts.pop("splits")
         return {

@@ -102,7 +102,7 @@ def _count_rows(work: Work, index: int) -> int:
     for item in read_unit(work.source, work.files, work.units[index], work.max_document_bytes):
         if isinstance(item, UnitEnd):
             return item.num_rows
-    raise AssertionError("a unit tells its number of rows in the end")
+    raise AssertionError("a unit ends with its number of rows")
 
 
 def _append(writer: SplitWriter, prefix: Path, first_row: int, num_bytes: int) -> None:

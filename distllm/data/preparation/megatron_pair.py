@@ -87,4 +87,4 @@ class _Progress:
         self._num_done += num_tokens
         if time.monotonic() - self._reported > PROGRESS_SECONDS:
             self._reported = time.monotonic()
-            self._report(f"looked through {self._num_done:,} of {self._num_tokens:,} tokens")
+            self._report(f"checked {self._num_done:,} of {self._num_tokens:,} tokens")

@@ -81,7 +81,7 @@ def _make_share(corpus: Corpus, shard: Shard, report: Report) -> None:
         if not corpus.is_prepared:
             corpus.make_pieces(work, indices, report)
             report(
-                f"shard {shard}: {len(indices):,} of {len(work.units):,} pieces of {corpus.name} are there"
+                f"shard {shard}: {len(indices):,} of {len(work.units):,} pieces of {corpus.name} are complete"
             )
 
 

@@ -74,4 +74,4 @@ def summary(reasons: dict[str, int], num_files: int, folder: Path) -> str:
     if set(reasons) == {"empty"}:
         return f"left out {num_rows:,} empty documents"
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
-    return f"put aside {num_rows:,} rows of {num_files:,} files ({counts}): {folder / FILE}"
+    return f"set aside {num_rows:,} rows of {num_files:,} files ({counts}): {folder / FILE}"

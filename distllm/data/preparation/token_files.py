@@ -44,6 +44,6 @@ def check_token_files(folder: Path, manifest: dict[str, Any]) -> None:
         found = file.is_file()
         if found and file.stat().st_size == known["num_bytes"] and sample_digest(file) == known["samples"]:
             continue
-        rule = "it has been changed since it was prepared" if found else "it is gone"
-        fix = f"remove {folder}, and it is prepared anew"
+        rule = "it has changed since it was prepared" if found else "it is missing"
+        fix = f"remove {folder}, and it is prepared again"
         raise user_error("data.cache", file, f"must be as it was prepared; {rule}", fix)

@@ -101,7 +101,7 @@ def _make_in_workers(
             if num_deaths == MOST_DEATHS:
                 rule = f"{num_deaths} workers have died, one after another; the system may lack memory"
                 raise user_error(
-                    "preparation.workers", size.num_workers, rule, "fewer of them; what is done is kept"
+                    "preparation.workers", size.num_workers, rule, "fewer workers; finished pieces are kept"
                 ) from None
             report("a worker was killed; its pieces are made anew")
         else:

@@ -31,7 +31,7 @@ class Parquet(Tables):
         # once.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
             index = parquet.schema_arrow.get_field_index(text_field)
-            assert index >= 0, "column_problem() must have seen to it"
+            assert index >= 0, "column_problem() must have rejected other columns"
             for group in range(start or 0, parquet.num_row_groups if stop is None else stop):
                 metadata = parquet.metadata.row_group(group)
                 columns = (metadata.column(number) for number in range(metadata.num_columns))

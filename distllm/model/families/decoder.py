@@ -40,7 +40,7 @@ def rotary_width(model: Model) -> Iterator[Problem]:
         return  # reported by attention_heads
     head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
     if model.position_embedding == "rope" and head_dim % 2:
-        rule = "must be even: rotary positions turn pairs of dimensions"
+        rule = "must be even: rotary positions rotate pairs of dimensions"
         fix = f"model.head_dim={head_dim + 1}, or model.position_embedding=learned"
         yield Problem("model.head_dim", head_dim, rule, fix)
 

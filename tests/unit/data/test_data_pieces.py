@@ -107,7 +107,7 @@ def test_rejected_rows_are_named_by_file_and_line(data: schema.Data, expected: d
     ]
     lines: list[str] = []
     (source,) = prepare(data, PREPARATION, BPE, lines.append, UNIT_BYTES).sources.values()
-    told = f"put aside 2 rows of 2 files (2 broken JSON): {source.folder}/quarantine.jsonl"
+    told = f"set aside 2 rows of 2 files (2 broken JSON): {source.folder}/quarantine.jsonl"
     assert told in lines
 
 
@@ -124,7 +124,7 @@ def test_rows_of_row_groups_are_those_of_the_file(data: schema.Data, tmp_path: P
     prepare_shard(
         replace(parquet, cache=f"{data.cache} 2"), PREPARATION, BYTES, Shard(0, 2), lines.append, 300
     )
-    assert lines == ["shard 0/2: 5 of 10 pieces of parquet are there"]
+    assert lines == ["shard 0/2: 5 of 10 pieces of parquet are complete"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

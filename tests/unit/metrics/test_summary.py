@@ -65,7 +65,7 @@ def test_start_gives_the_arithmetic_of_the_batch() -> None:
     assert got["training"][0] == "1,000 steps = 4.096M tokens = 3.20 epochs over 1.28M training tokens"
     assert got["layout"] == ["4 ranks = 2 data x 2 tensor", "0 1", "2 3"]
     assert got["precision"] == ["bf16"]
-    assert got["ZeRO"] == ["stage 2: optimizer states and gradients split over 2 data-parallel ranks"]
+    assert got["ZeRO"] == ["stage 2: optimizer states and gradients partitioned over 2 data-parallel ranks"]
     assert got["run"] == ["runs/quickstart", "from scratch"]
 
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_says_from_where() -> None:
     text = start_summary(
         replace(START, resume_step=400, resumed_from=Path("runs/a/checkpoints/step_00000400"))
     )
-    assert "goes on after step 400 of 1,000, from runs/a/checkpoints/step_00000400" in text
+    assert "continues after step 400 of 1,000, from runs/a/checkpoints/step_00000400" in text
 
 
 def test_one_of_a_thing_is_singular() -> None:
