@@ -128,7 +128,7 @@ def _model(facts: StartFacts) -> str:
 
 def _zero(facts: StartFacts) -> str:
     ranks = plural(facts.data_parallel, "data-parallel rank")
-    return f"stage {facts.zero_stage}: {ZERO_STAGES[facts.zero_stage]} partitioned over {ranks}"
+    return f"stage {facts.zero_stage}: {ZERO_STAGES[facts.zero_stage]} split over {ranks}"
 
 
 def batch_arithmetic(

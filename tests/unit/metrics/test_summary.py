@@ -65,7 +65,7 @@ def test_start_gives_the_arithmetic_of_the_batch() -> None:
     assert got["training"][0] == "1,000 steps = 4.096M tokens = 3.20 epochs over 1.28M training tokens"
     assert got["layout"] == ["4 ranks = 2 data x 2 tensor", "0 1", "2 3"]
     assert got["precision"] == ["bf16"]
-    assert got["ZeRO"] == ["stage 2: optimizer states and gradients partitioned over 2 data-parallel ranks"]
+    assert got["ZeRO"] == ["stage 2: optimizer states and gradients split over 2 data-parallel ranks"]
     assert got["run"] == ["runs/quickstart", "from scratch"]
 
 
