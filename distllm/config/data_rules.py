@@ -45,9 +45,7 @@ def mixture(config: Config, _: int) -> Iterator[Problem]:
             yield Problem(f"data.{setting}", value, rule, f"data.sources.NAME.{setting}={value}")
     for name in data.sources:
         if not re.fullmatch(NAME, name):
-            rule = (
-                "the name of a source must consist of letters, digits, _ and -, since it names metrics"
-            )
+            rule = "the name of a source must consist of letters, digits, _ and -, since it names metrics"
             yield Problem("data.sources", name, rule, f"data.sources.{re.sub('[^A-Za-z0-9_-]', '_', name)}")
     if not any(source.weight for source in data.sources.values()):
         fix = "data.sources.NAME.weight=1"
