@@ -33,8 +33,11 @@ CHECKPOINT = "step_00000001"
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the slowest rank, in seconds. speed: of the main thread while a save is written, beside an idle
-    process; None where nothing is left to write once training goes on."""
+    """Times of the slowest rank, in seconds.
+
+    speed: of the main thread while a save is written, relative to an idle process; None where nothing is left
+        to write once training continues.
+    """
 
     what: str
     blocking_seconds: Spread
@@ -43,7 +46,7 @@ class Measured:
 
 
 def run(config: Config, vocab_size: int) -> Report:
-    """Collective: on every rank of the job. The folder is shared by all ranks, as run.dir is."""
+    """Measure saves and loads in a folder that all ranks share. Collective: on every rank of the job."""
     with world(config, vocab_size) as started:
         engine = started.build(config)
         engine.train_step(started.microbatches, LEARNING_RATE)
@@ -88,7 +91,7 @@ def _measure(config: Config, engine: Engine, path: Path) -> Iterator[Measured]:
         Way("verify and load", at_once(verify_and_load), is_load=True),
     ]
     _remove(path)
-    save(later)  # its memory is there from now on
+    save(later)  # allocates its memory, which later saves reuse
     later.wait()
     later.outcomes()
     for way in ways:

@@ -1,4 +1,4 @@
-"""A rendezvous store that counts what is asked of another."""
+"""A rendezvous store that counts the operations on another store."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.distributed as dist
 class CountingStore(dist.Store):
     """Passes every operation on to `store`, also those of PyTorch's C++ side, and calls `count` for each.
 
-    Whoever makes one keeps it as long as there are groups: they keep its C++ half only, for which every
-    operation is "not implemented" once the Python half is gone.
+    Keep a reference to it as long as groups exist: they keep its C++ half only, for which every operation is
+    "not implemented" once the Python half is freed.
     """
 
     def __init__(self, store: dist.Store, count: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class CountingStore(dist.Store):
         self._store.multi_set(list(keys), list(values))
 
     def clone(self) -> CountingStore:
-        """Itself, which is kept alive; a copy would not be."""
+        """Return this store, whose Python half is referenced; that of a copy would be freed."""
         return self
 
     def has_extended_api(self) -> bool:

@@ -1,8 +1,8 @@
 """`distllm bench data`: prepare the job's documents afresh in bench.folder, and read them as training does.
 
-One process. Prepared are all documents, with as many workers as `preparation` says; a tokenizer that the job
-trains is trained first, and timed apart. Read are steps of the job in training order, without the device and
-without reading ahead, from files that are in the page cache.
+In one process. It prepares all documents, with as many workers as `preparation` says; a tokenizer that the
+job trains is trained first, and timed separately. It then reads steps of the job in training order, without
+the device and without reading ahead, from files that are in the page cache.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ READ_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class DataSpeed:
-    """num_bytes: of text; None where the source is token files of another tool, of which nothing is prepared.
+    """The measured speeds.
 
-    tokenizer_seconds: to train it, or to find that it is there. open_seconds: until the first step is read.
+    num_bytes: of text; None where the source is token files of another tool, which are not prepared.
+    tokenizer_seconds: to train it, or to find the finished one.
+    open_seconds: until the first step is read.
     tokens_per_second: of one process that reads training sequences.
     """
 
@@ -49,7 +51,7 @@ def run(config: Config, vocab_size: int) -> Report:
 
 
 def measure(config: Config) -> DataSpeed:
-    """Into the cache of `config`, which must be empty."""
+    """Measure preparation into the cache of `config`, which must be empty, and reading."""
     job = (config.data, config.preparation, config.tokenizer)
     tokenizer_seconds = seconds(lambda: prepare_tokenizer(*job, _silent))
     begin = time.perf_counter()
@@ -79,7 +81,7 @@ def seconds(do: Callable[[], object]) -> float:
 
 
 def reading_rate(read: Callable[[int], object], at_least_seconds: float) -> float:
-    """Calls of `read` a second; it gets their number, from 0 on."""
+    """Return calls of `read` per second; its argument is their number, from 0 on."""
     begin, done = time.perf_counter(), 0
     while time.perf_counter() - begin < at_least_seconds:
         read(done)
@@ -88,7 +90,7 @@ def reading_rate(read: Callable[[int], object], at_least_seconds: float) -> floa
 
 
 def _reader(config: Config, data: OpenedData) -> Callable[[int], object]:
-    """Reads a step by its number; after an epoch of the smallest source again from the first."""
+    """Return a function that reads a step by number; it repeats after an epoch of the smallest source."""
     batch = config.train.global_batch_size
     state = TrainState().planned(batch, config.data.weights_at(0))
     shape = StepShape(batch, config.train.micro_batch_size, dp_size=1)

@@ -1,4 +1,4 @@
-"""The engine of a job without its data: what is measured on random tokens."""
+"""The engine of a job without its data: measurements use random tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from distllm.objectives import create_objective
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
 
-LEARNING_RATE = 1e-4  # of the steps that are measured: small enough for any model
+LEARNING_RATE = 1e-4  # of the measured steps: small enough for any model
 
 
 @dataclass(frozen=True)
 class World:
-    """A started world. build: makes model and engine of this rank as `train` does, of a config that has the
-    same layout. microbatches: this rank's of one global batch, of random tokens."""
+    """A started world.
+
+    build: makes model and engine of this rank as `train` does, of a config that has the same layout.
+    microbatches: this rank's of one global batch, of random tokens.
+    """
 
     runtime: Runtime
     build: Callable[[Config], Engine]
@@ -35,7 +38,7 @@ class World:
 
 @contextmanager
 def world(config: Config, vocab_size: int) -> Iterator[World]:
-    """The ranks of the job, for the length of a block. Collective."""
+    """Start the ranks of the job for the duration of a block. Collective."""
     runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds), config.parallel.tensor)
     succeeded = False
     try:
@@ -56,7 +59,7 @@ def world(config: Config, vocab_size: int) -> Iterator[World]:
 def random_microbatches(
     config: Config, vocab_size: int, samples: Role, device: torch.device
 ) -> list[Microbatch]:
-    """One data-parallel rank's share of a global batch: equal on the ranks that share a model."""
+    """Return one data-parallel rank's part of a global batch: equal on the ranks that share a model."""
     sequences = config.train.global_batch_size // samples.size
     generator = torch.Generator().manual_seed(config.train.seed * samples.size + samples.rank)
     tokens = torch.randint(0, vocab_size, (sequences, config.model.seq_length + 1), generator=generator)

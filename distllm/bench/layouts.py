@@ -25,7 +25,7 @@ WARMUP_STEPS = 2  # stage 3 sends more in its first step than in any other
 
 @dataclass(frozen=True)
 class Layout:
-    """Data parallelism is what is left of `ranks`."""
+    """A layout to measure; data parallelism is the rest of `ranks`."""
 
     ranks: int
     tensor: int = 1
@@ -46,7 +46,7 @@ class Layout:
         return name + (f", ZeRO-{self.zero_stage}" if self.data > 1 else "")
 
     def applied_to(self, config: Config) -> Config:
-        """The job with this layout instead of its own."""
+        """Return the job with this layout instead of its own."""
         parallel = replace(
             config.parallel,
             tensor=self.tensor,
@@ -79,7 +79,10 @@ DEFAULT_LAYOUTS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one rank. seconds: of each timed step. counted, predicted: of one step, by "group kind"."""
+    """The measurements of one rank.
+
+    seconds: of each timed step. counted, predicted: of one step, by "group kind".
+    """
 
     seconds: list[float]
     counted: dict[Transfer, Amount]
@@ -112,7 +115,7 @@ def run(
 
 
 def measure(rank: int, configs: Sequence[Config], vocab_size: int, steps: int) -> list[Measured]:
-    """What this rank measures of each job; called on all ranks alike, in a started world."""
+    """Measure each job on this rank; called on all ranks alike, in a started world."""
     return [_measure_one(config, vocab_size, steps) for config in configs]
 
 
@@ -155,7 +158,7 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
 
 
 def _row(layout: Layout, ranks: Sequence[Measured]) -> dict[str, Any]:
-    """Sums over all ranks. A step takes as long as on its slowest rank."""
+    """Make a row of the table: sums over all ranks, and the step time of the slowest rank."""
     slowest = [max(of_step) for of_step in zip(*(rank.seconds for rank in ranks), strict=True)]
     counted = add_up(item for rank in ranks for item in rank.counted.items())
     predicted = add_up(item for rank in ranks for item in rank.predicted.items())

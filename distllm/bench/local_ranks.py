@@ -1,4 +1,4 @@
-"""Start some ranks of this machine's own, on gloo, each a process that runs one function; with a deadline."""
+"""Start ranks on this machine, on gloo, each a process that runs one function; with a deadline."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def run_on_ranks(
     deadline_seconds: float = 600,
     starts_world: bool = True,
 ) -> list[Any]:
-    """function(rank, *args) on every rank of a world that is started and stopped around it; results by rank.
+    """Run function(rank, *args) on every rank of a world started and stopped around it; results by rank.
 
-    `function` is importable by name. starts_world: else `function` starts and stops it. RuntimeError with the
-    logs of the ranks that fail or are not done in time.
+    `function` is importable by name. starts_world: if false, `function` starts and stops it. RuntimeError
+    with the logs of the ranks that fail or are not done in time.
     """
     with tempfile.TemporaryDirectory(prefix="distllm-ranks-") as name:
         folder = Path(name)
@@ -50,8 +50,11 @@ def run_on_ranks(
 
 
 def _start(rank: int, world_size: int, folder: Path) -> subprocess.Popen[bytes]:
-    """The ranks meet at a port that rank 0 has found free, through a file: no port is free for sure until it
-    is bound."""
+    """Start a process per rank.
+
+    The ranks meet at a port that rank 0 has found free, through a file: no port is free for sure until it is
+    bound.
+    """
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -118,7 +121,7 @@ def _rendezvous(rank: int, folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    die_with(int(sys.argv[2]))  # else ranks outlive a program that is killed, and hold its processors
+    die_with(int(sys.argv[2]))  # else ranks outlive a killed program and occupy its cores
     try:
         _main(Path(sys.argv[1]))
     except BaseException:

@@ -1,4 +1,4 @@
-"""`distllm bench recompute`: what it costs to recompute activations, and what it saves, for this very job.
+"""`distllm bench recompute`: the time that recomputing activations costs this job, and the memory it saves.
 
 Model, layout and batch are the job's own; from one row to the next only `recompute` changes. The rows take
 turns, in `bench.repeats` rounds of `bench.steps` steps, each with an engine of its own. Layers are those of a
@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """recompute: as in the configuration. peak_memory_bytes: of the rank that needs most."""
+    """One row. recompute: as in the configuration. peak_memory_bytes: of the rank that needs most."""
 
     recompute: Recompute
     step_seconds: Spread
@@ -41,7 +41,7 @@ class Measured:
 
 
 def run(config: Config, vocab_size: int) -> Report:
-    """Collective: on every rank of the job."""
+    """Measure every variant. Collective: on every rank of the job."""
     with world(config, vocab_size) as started:
         rows = measure(config, started)
         title = f"distllm bench recompute: {plural(started.runtime.world_size, 'rank')}, {device_name()}"
@@ -49,7 +49,10 @@ def run(config: Config, vocab_size: int) -> Report:
 
 
 def variants(config: Config, world_size: int) -> list[Recompute]:
-    """Nothing, the attention cores, and more and more whole layers; of these what the job's layout allows."""
+    """Return the variants that the job's layout allows.
+
+    They recompute nothing, the attention cores, and more and more whole layers.
+    """
     most = max(len(c) for s in pipeline_stages(config.model.num_layers, config.parallel) for c in s.chunks)
     parts = sorted({math.ceil(most * part / 4) for part in (1, 2, 3)} - {most})
     full = [Recompute("full", number) for number in (*parts, None)]
@@ -70,7 +73,7 @@ def measure(config: Config, started: World) -> list[Measured]:
 
 
 def _measure_once(config: Config, started: World) -> tuple[list[float], int]:
-    """Seconds of each step, and the most bytes on a rank."""
+    """Return the seconds of each step, and the most bytes on a rank."""
     device, bench = started.runtime.device, config.bench
     peak = PeakMemory(device)
     engine = started.build(config)

@@ -1,4 +1,4 @@
-"""What a measurement leaves: a table for its reader, and JSON with all that is needed to repeat it."""
+"""The output of a measurement: a table for readers, and JSON with all that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distllm.metrics.format import plural
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements of one quantity; the median is the figure."""
+    """Repeated measurements of one quantity; the median is the figure."""
 
     median: float
     least: float
@@ -32,14 +32,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Report:
-    """table: for people. results: for JSON; dataclasses as dicts."""
+    """A measurement's result. table: for people. results: for JSON; dataclasses as dicts."""
 
     table: str
     results: dict[str, Any]
 
 
 def to_json(action: str, config: Config, report: Report) -> str:
-    """With date, machine, versions and the whole config beside the results."""
+    """Return the results as JSON, with date, machine, versions and the whole config."""
     return json.dumps(
         {
             "bench": action,
@@ -55,7 +55,7 @@ def to_json(action: str, config: Config, report: Report) -> str:
 
 
 def device_name() -> str:
-    """What computes: the GPU by its name, or the processor with its threads."""
+    """Return the name of the GPU, or of the processor with its number of threads."""
     import torch
 
     if torch.cuda.is_available():

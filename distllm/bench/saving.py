@@ -1,4 +1,4 @@
-"""How long a save or a load takes, how long training stands still for it, and how slow it is meanwhile."""
+"""Time a save or a load, how long it blocks training, and how much it slows training meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDLE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Way:
-    """begin: starts to save (or load) and returns how to ask whether that is done."""
+    """A way to save or load. begin: starts it and returns a function that reports whether it is done."""
 
     what: str
     begin: Callable[[], Callable[[], bool]]
@@ -24,9 +24,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Timing:
-    """blocking_seconds: for which training stands still. speed: of the main thread while the rest is written,
-    1 is that of an idle process; None where there is no rest. other_cores: that other processes kept busy
-    meanwhile."""
+    """The times of one save or load.
+
+    blocking_seconds: for which training stands still.
+    speed: of the main thread while the rest is written, 1 is that of an idle process; None where there is no
+        rest.
+    other_cores: kept busy by other processes meanwhile.
+    """
 
     what: str
     blocking_seconds: float
@@ -36,7 +40,7 @@ class Timing:
 
 
 def at_once(work: Callable[[], object]) -> Callable[[], Callable[[], bool]]:
-    """As a way of which nothing is left when it returns."""
+    """Turn `work` into a way that is done when it returns."""
 
     def begin() -> Callable[[], bool]:
         work()
@@ -46,7 +50,7 @@ def at_once(work: Callable[[], object]) -> Callable[[], Callable[[], bool]]:
 
 
 def time_way(way: Way) -> Timing:
-    """One try."""
+    """Time one try."""
     idle_speed = speed_until(seconds_from_now(IDLE_SECONDS))
     begin, busy = time.monotonic(), others_cpu_seconds()
     is_done = way.begin()
@@ -58,7 +62,7 @@ def time_way(way: Way) -> Timing:
 
 
 def others_cpu_seconds() -> float:
-    """Without the kernel's, which is busy for us: it writes what we have written."""
+    """Return other processes' CPU seconds, without the kernel's, which writes what we have written."""
     with open("/proc/stat") as stat:
         user, nice = map(int, stat.readline().split()[1:3])
     return (user + nice) / os.sysconf("SC_CLK_TCK") - os.times().user
@@ -70,7 +74,7 @@ def seconds_from_now(seconds: float) -> Callable[[], bool]:
 
 
 def speed_until(is_done: Callable[[], bool]) -> float:
-    """Products of 256 x 256 matrices a second; a step of training asks as rarely what became of a save."""
+    """Return products of 256 x 256 matrices per second; `is_done` is called as rarely as training does."""
     matrix, count, begin = torch.rand(256, 256), 0, time.monotonic()
     while not is_done():
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""How a count or a time grows with the number of ranks: constant, as its logarithm, or linearly. Pure."""
+"""Fit the growth of a count or a time with the number of ranks: constant, logarithmic or linear. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GROWTHS: dict[str, Callable[[float], float]] = {
     "log n": lambda n: math.log2(n),
     "n": lambda n: n,
 }
-# A faster growth is believed only if it explains this much of what a slower one leaves unexplained.
+# A faster growth is chosen only if it explains this fraction of what a slower one leaves unexplained.
 EXPLAINS = 0.5
 
 
@@ -28,7 +28,7 @@ class Fit:
 
 
 def fit(ranks: Sequence[int], values: Sequence[float]) -> Fit:
-    """`values` at these numbers of ranks, at least three of them."""
+    """Fit `values` at these numbers of ranks, at least three of them."""
     assert len(ranks) == len(values) >= 3, "three points tell a logarithm from a line"
     best, least = _least_squares("1", ranks, values)
     for growth in ("log n", "n"):
@@ -39,7 +39,7 @@ def fit(ranks: Sequence[int], values: Sequence[float]) -> Fit:
 
 
 def _least_squares(growth: str, ranks: Sequence[int], values: Sequence[float]) -> tuple[Fit, float]:
-    """(the fit, its squared error; rounding counts as none)"""
+    """Return (the fit, its squared error; rounding counts as none)."""
     xs = [GROWTHS[growth](n) for n in ranks]
     x_mean, y_mean = sum(xs) / len(xs), sum(values) / len(values)
     spread = sum((x - x_mean) ** 2 for x in xs)

@@ -1,10 +1,9 @@
-"""`distllm bench startup`: what a start costs beside the work, by the number of ranks, and what of it would
-hurt on 16,384.
+"""`distllm bench startup`: the overhead of a start by the number of ranks, extrapolated to 16,384.
 
 Every rank is a process of this machine, data-parallel unless the overrides say otherwise; the work of each
-stays the same. Seconds of the processor are each rank's own; wall time is not, where ranks outnumber cores.
-Counted are operations on the rendezvous store, process groups that are made, and bytes of collectives outside
-of training (objects that ranks gather); they are fitted to 1, log n and n.
+stays the same. Processor seconds are each rank's own; wall time is not, where ranks outnumber cores. It
+counts operations on the rendezvous store, process groups created, and bytes of collectives outside of
+training (objects that ranks gather), and fits them to 1, log n and n.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PHASES = (
 
 @dataclass
 class Cost:
-    """Of one phase on one rank. collective_bytes: of messages, by distllm/layout/traffic.py's measure."""
+    """The cost of one phase on one rank. collective_bytes: as distllm/layout/traffic.py counts messages."""
 
     wall_seconds: float = 0.0
     processor_seconds: float = 0.0
@@ -73,8 +72,11 @@ class _Counts:
 def run(
     config: Config, vocab_size: int, overrides: Sequence[str] = (), ranks: Sequence[int] = DEFAULT_RANKS
 ) -> Report:
-    """overrides: of the job, as on the command line, since every rank composes its configuration itself;
-    its data are made up, and its batch grows with the ranks."""
+    """Measure starts on every number of `ranks`.
+
+    overrides: of the job, as on the command line, since every rank composes its configuration itself; its
+        data are synthetic, and its batch grows with the ranks.
+    """
     by_ranks: dict[int, dict[str, Cost]] = {}
     with tempfile.TemporaryDirectory(prefix="distllm-startup-") as folder:
         write_corpus(Path(folder))
@@ -100,7 +102,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cost]:
-    """All phases of a start on this rank."""
+    """Measure all phases of a start on this rank."""
     counts = _Counts()
     with counts.phase("import libraries"):
         import torch.distributed as torch_dist
@@ -137,7 +139,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     arguments = job_overrides(overrides, Path(folder))
     with phase("compose and validate"):
         config = compose.load(compose.parse("train", arguments))
-    prepare(config.data, config.preparation, config.tokenizer, lambda _: None)  # once, which is no start
+    prepare(config.data, config.preparation, config.tokenizer, lambda _: None)  # once, not part of a start
     with phase("open data"):
         prepared = prepare(config.data, config.preparation, config.tokenizer, lambda _: None)
         data = open_data(config, prepared, lambda _: None)
@@ -157,7 +159,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     feed = Batches(
         data.training, shape, groups.samples.rank, create_objective(config), runtime.device, prefetch=0
     )
-    with phase("first step"):  # its traffic is training's
+    with phase("first step"):  # its traffic belongs to training
         state = start.state.planned(config.train.global_batch_size, config.data.weights_at(0))
         engine.train_step(feed.microbatches(state), config.optimizer.lr)
     with counter, phase("save checkpoint"):
@@ -175,7 +177,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
 
 
 def job_overrides(overrides: Sequence[str], folder: Path) -> list[str]:
-    """The job's, with data of `folder`, and one microbatch for each rank: weak scaling."""
+    """Return the job's overrides with data of `folder`, and one microbatch per rank: weak scaling."""
     import os
 
     batch = 2 * int(os.environ["WORLD_SIZE"])
@@ -224,16 +226,16 @@ def _count_store_and_groups(counts: _Counts) -> None:
 
 
 def _dearest(costs: Sequence[Cost]) -> Cost:
-    """Of all ranks, quantity by quantity: all wait for the slowest."""
+    """Return the largest of all ranks, quantity by quantity: all wait for the slowest."""
     return Cost(**{name: max(asdict(cost)[name] for cost in costs) for name in asdict(costs[0])})
 
 
 def _growth(by_ranks: Mapping[int, Mapping[str, Cost]]) -> list[dict[str, Any]]:
-    """Fits of every quantity of every phase that is not zero; worst growth first."""
+    """Fit every nonzero quantity of every phase; worst growth first."""
     found = []
     for phase in PHASES:
         for quantity in QUANTITIES:
-            # A single rank sends nothing, which is no point of the same line.
+            # A single rank sends nothing, so its point is not on the line.
             points = {n: c for n, c in by_ranks.items() if n > 1 or quantity != "collective_bytes"}
             values = [float(getattr(costs[phase], quantity)) for costs in points.values()]
             if any(values) and len(points) >= 3:
@@ -250,7 +252,7 @@ def _table(by_ranks: Mapping[int, Mapping[str, Cost]], growth: Sequence[Mapping[
         "wall_seconds": "wall seconds of the slowest rank (ranks may outnumber cores)",
         "processor_seconds": "processor seconds of a rank, at most",
         "store_operations": "operations of a rank on the rendezvous store, at most",
-        "groups_made": "process groups that a rank makes or hears of",
+        "groups_made": "process groups that a rank creates or registers",
         "collective_bytes": "bytes of messages of a rank outside of training",
     }
     lines = []

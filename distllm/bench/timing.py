@@ -1,4 +1,4 @@
-"""Clocks and meters: seconds of repeated calls, the speed of matrix products, memory of this process."""
+"""Measure seconds of repeated calls, the speed of matrix products, and memory of this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRODUCTS_PER_SIZE = 5
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: by events on the stream of a GPU, else by the monotonic clock."""
+    """Return the seconds of one call: by events on the stream of a GPU, else by the monotonic clock."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()
@@ -35,14 +35,14 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 def repeated_seconds(
     call: Callable[[], object], device: torch.device, warmup: int, repeats: int
 ) -> list[float]:
-    """Seconds of each of `repeats` calls, after `warmup` calls that are not counted."""
+    """Return the seconds of each of `repeats` calls, after `warmup` calls that are not counted."""
     for _ in range(warmup):
         call()
     return [seconds_of(call, device) for _ in range(repeats)]
 
 
 def measured_peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of the fastest of some products of large square matrices: what this process can reach here."""
+    """Return FLOP/s of the fastest of some large square matrix products: what this process can reach here."""
     best = 0.0
     for size in PRODUCT_SIZES[device.type]:
         a = torch.rand(size, size, device=device).to(DTYPES[precision])
@@ -58,7 +58,7 @@ def measured_peak_flops(device: torch.device, precision: str) -> float:
 
 
 def over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
-    """The values of all ranks in one."""
+    """Reduce the values of all ranks to one."""
     result = torch.tensor(float(value), dtype=torch.float64)
     if torch.cuda.is_available():
         result = result.cuda()
@@ -67,10 +67,10 @@ def over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
 
 
 class PeakMemory:
-    """Most memory that was added since this was made, in bytes.
+    """The most memory that was added since this object was made, in bytes.
 
-    On a GPU what PyTorch has allocated; without, the resident set of this process, by the kernel's account,
-    whose peak is set back first (Linux).
+    On a GPU what PyTorch has allocated; without one, the resident set of this process as the kernel counts
+    it, whose peak is reset first (Linux).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,6 +91,6 @@ class PeakMemory:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS: now; VmHWM: the most so far."""
+    """Return a field of the process's status. VmRSS: memory now; VmHWM: the most so far."""
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:")]
     return int(line.split()[1]) << 10

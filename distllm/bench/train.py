@@ -4,9 +4,9 @@
 
 with flops_per_token = 6 * (parameters that multiply) + 12 * layers * heads * head_dim * seq_length, attention
 not halved for the causal mask (distllm/model/size.py; PaLM, arXiv:2204.02311, appendix B), and the peak from
-the maker's data sheet (distllm/runtime/devices.py). Where none is known there is no MFU. The same quotient
-with the speed of large matrix products on this machine, measured in the same run by all ranks at a time, is
-always there: the share of the measured peak.
+the maker's data sheet (distllm/runtime/devices.py). Where no peak is known there is no MFU. The fraction of
+the measured peak is always reported: the same quotient with the speed of large matrix products on this
+machine, measured in the same run by all ranks at a time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from distllm.runtime.devices import peak_flops
 
 @dataclass(frozen=True)
 class TrainSpeed:
-    """Of all ranks together; memory of the rank that needs most, above what it had before the model.
+    """Results of all ranks together; memory of the rank that needs most, beyond that before the model.
 
     phases: median seconds by phase, see distllm/engine/phases.py, on rank 0.
-    measured_peak_flops: FLOP/s of large matrix products, of all ranks. start_loss, end_loss: of the first
-    and the last step, nats per token.
+    measured_peak_flops: FLOP/s of large matrix products, of all ranks.
+    start_loss, end_loss: of the first and the last step, nats per token.
     """
 
     num_parameters: int
@@ -50,7 +50,7 @@ class TrainSpeed:
 
 
 def run(config: Config, vocab_size: int) -> Report:
-    """Collective: on every rank of the job."""
+    """Measure steps. Collective: on every rank of the job."""
     with world(config, vocab_size) as started:
         speed = measure(config, vocab_size, started)
     return Report(table(config, speed, started.runtime.world_size), asdict(speed))

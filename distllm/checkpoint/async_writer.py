@@ -21,10 +21,12 @@ from distllm.layout.save_groups import SaveGroups
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save.
+    """The result of a save.
 
-    blocking_seconds: for which training stood still. seconds: from its begin until it was durable.
-    num_bytes: that this rank wrote. error: why it failed; then the checkpoint does not exist.
+    blocking_seconds: for which training stood still.
+    seconds: from its start until it was durable.
+    num_bytes: that this rank wrote.
+    error: why it failed; then the checkpoint does not exist.
     """
 
     path: Path
@@ -38,8 +40,9 @@ class Outcome:
 class Saver:
     """Writes one checkpoint at a time.
 
-    is_async: `save` returns once the rank's part is copied to host memory; the copy's memory serves the next
-    save, so it is bounded by one. A save that begins while another is being written waits for it first.
+    is_async: `save` returns once the rank's part is copied to host memory. The next save reuses the copy's
+        memory, so there is at most one copy. A save that begins while another is being written waits for it
+        first.
     """
 
     def __init__(self, groups: SaveGroups, is_async: bool, storage: Storage = LOCAL) -> None:
@@ -53,10 +56,10 @@ class Saver:
     def save(
         self, path: Path, fragments: Iterable[Fragment], contents: Contents, after: Callable[[], None]
     ) -> None:
-        """Write what the fragments hold now as `path`. Collective.
+        """Write the current content of the fragments as `path`. Collective.
 
-        after: called on every rank when the checkpoint exists; not when the save has failed. What became of
-        it is among the next `outcomes`.
+        after: called on every rank when the checkpoint exists; not when the save has failed. The result is
+            among the next `outcomes`.
         """
         begin = time.monotonic()
         self.wait()
@@ -69,14 +72,14 @@ class Saver:
         self._running = _in_background(lambda: self._write(path, pieces, contents, after, begin, blocked))
 
     def outcomes(self) -> list[Outcome]:
-        """What became of saves since the last call; an error that is not the disk's is raised."""
+        """Return the results of saves since the last call; raise an error that the disk did not cause."""
         if self._running and self._running.done():
             self.wait()
         finished, self._finished = self._finished, []
         return finished
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._running:
             running, self._running = self._running, None
             self._finished.append(running.result())
@@ -104,13 +107,13 @@ class Saver:
 
 
 class _HostCopies:
-    """Buffers in host memory, made once, pinned where a GPU copies into them."""
+    """Buffers in host memory, allocated once and reused, pinned where a GPU copies into them."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def copy(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces with views of the copies; they hold until the next call."""
+        """Return the same pieces with views of the copies, which are valid until the next call."""
         begins = dict.fromkeys({piece.view.dtype for piece in pieces}, 0)
         for piece in pieces:
             begins[piece.view.dtype] += piece.view.numel()
@@ -127,12 +130,15 @@ class _HostCopies:
             begins[dtype] += numel
             copies.append(replace(piece, view=view))
         if on_gpu:
-            torch.cuda.current_stream().synchronize()  # the next step writes what is being copied
+            torch.cuda.current_stream().synchronize()  # the next step overwrites the tensors being copied
         return copies
 
 
 def _in_background(work: Callable[[], Outcome]) -> Future[Outcome]:
-    """Not an executor: its threads are waited for at exit, and with a dead peer a write never ends."""
+    """Run `work` in a daemon thread.
+
+    Not an executor: the interpreter waits for its threads at exit, and with a dead peer a write never ends.
+    """
     future: Future[Outcome] = Future()
 
     def run() -> None:

@@ -1,8 +1,8 @@
 """The file format of `torch.distributed.checkpoint` (DCP), torch 2.11 to 2.13: plain PyTorch reads it.
 
 A module's folder holds DCP's `.metadata`: global shapes, boxes, and for each box where its bytes lie in one
-of the shards. Only the format is DCP's. Its planners gather the list of all pieces on one rank, its reader
-loads a whole piece for every box that is wanted of it, and its load ignores holes and casts silently.
+of the shards. Only the format is DCP's: its planners gather the list of all pieces on one rank, its reader
+loads a whole piece for every box requested from it, and its load ignores holes and casts silently.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Buffer = bytearray | mmap.mmap
 
 
 class Writer(Protocol):
-    """A file that is written forward."""
+    """A file that is written sequentially."""
 
     def write(self, data: Any) -> int: ...
 
@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """Where one piece was written: `length` bytes of `file` from `offset`."""
+    """The place of one written piece: `length` bytes of `file` from `offset`."""
 
     state: str
     name: str
@@ -60,7 +60,7 @@ class Record:
 
 
 def write_pieces(stream: Writer, file: str, pieces: Iterable[Piece]) -> list[Record]:
-    """Append each piece to `stream`, which is called `file` in the records."""
+    """Append each piece to `stream`; the records name this file `file`."""
     records = []
     for piece in pieces:
         offset = stream.tell()
@@ -75,7 +75,7 @@ def write_pieces(stream: Writer, file: str, pieces: Iterable[Piece]) -> list[Rec
 
 
 def write_metadata(stream: Writer, records: Sequence[Record]) -> None:
-    """DCP's description of one module from the records of all ranks; they must cover each tensor once."""
+    """Write DCP's description of one module from all ranks' records, which must cover each tensor once."""
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for record in records:
@@ -121,7 +121,7 @@ def read_pieces(metadata: Metadata, pieces: Sequence[Piece], shard: Callable[[st
 
 
 def _saved_tensor(content: Buffer, info: _StorageInfo, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
-    """The tensor that `torch.save` wrote there, as a view of `content`: only what is used of it is read."""
+    """Return the tensor that `torch.save` wrote, as a view of `content`: only used elements are read."""
     archive = zipfile.ZipFile(_Part(content, info.offset, info.length))
     entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
     # A local header of 30 bytes, a name and an extra field whose lengths it ends with, then the bytes.
@@ -135,7 +135,7 @@ def _saved_tensor(content: Buffer, info: _StorageInfo, dtype: torch.dtype, sizes
 
 
 class _Part:
-    """A part of a buffer as a file for `zipfile`."""
+    """A part of a buffer, as a file for `zipfile`."""
 
     def __init__(self, content: Buffer, begin: int, length: int) -> None:
         self._content, self._begin, self._length, self._position = content, begin, length, 0
@@ -163,9 +163,9 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 
 def _alone(view: Tensor) -> Tensor:
-    """The tensor in host memory, with a storage of its own: `torch.save` writes the whole of a storage.
+    """Return the tensor in host memory, with a storage of its own: `torch.save` writes whole storages.
 
-    Not a copy where it lies there already: that would take longer than the write.
+    A tensor that is there already is not copied: that would take longer than the write.
     """
     tensor = view.detach().cpu().contiguous()
     begin = tensor.storage_offset() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Sizes and hashes of files: DCP has none, and loads flipped bits and the files of another step silently."""
+"""Sizes and hashes of files. DCP has none: it silently loads flipped bits and files of another step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ READ_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """bytes: size of the file. xxh3_128: hash of its content."""
+    """The expected state of a file. bytes: its size. xxh3_128: hash of its content."""
 
     bytes: int
     xxh3_128: str
 
 
 class HashingStream:
-    """A write-only stream that hashes what goes through it; it is only ever written forward."""
+    """A write-only stream that hashes what is written; it is written sequentially."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -49,7 +49,7 @@ class HashingStream:
 
 @contextmanager
 def create_hashed(storage: Storage, path: Path) -> Iterator[HashingStream]:
-    """A new file as `storage.create` makes it, whose `record` is known at the end."""
+    """Create a file with `storage.create`; its `record` is complete at the end."""
     with storage.create(path) as stream:
         yield HashingStream(stream)
 
@@ -59,7 +59,7 @@ def hash_text(text: str) -> str:
 
 
 def size_damage_of(storage: Storage, path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file that should be as `record` says, without reading it."""
+    """Compare a file with `record` without reading it; return the difference, None if there is none."""
     if not storage.is_file(path):
         return "is missing"
     if storage.size(path) != record.bytes:
@@ -68,7 +68,7 @@ def size_damage_of(storage: Storage, path: Path, record: FileRecord) -> str | No
 
 
 def damage_of(storage: Storage, path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file that should be as `record` says, by reading all of it."""
+    """Compare a file with `record` by reading all of it; return the difference, None if there is none."""
     if damage := size_damage_of(storage, path, record):
         return damage
     digest = xxhash.xxh3_128()

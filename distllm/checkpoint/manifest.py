@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself. It is written last: without it the checkpoint does not exist."""
+"""The manifest of a checkpoint. It is written last: without it the checkpoint does not exist."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from distllm.config.upgrade import upgraded
 from distllm.layout.place import Shape
 
 FORMAT_VERSION = 4
-OLDEST_FORMAT_VERSION = 3  # what is older has another layout of files
+OLDEST_FORMAT_VERSION = 3  # older ones have another layout of files
 MANIFEST = "manifest.json"
 HASH = "xxh3_128_of_the_rest"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """step: updates done. scalars: optimizer state that is one number for all parameters.
+    """The description of a checkpoint.
 
-    details: what the trainer puts beside the tensors, as JSON; its config in the words of this version.
-    tensors: global shape of every parameter. states: dtype of every optimizer state, by the optimizer's own
-    words. files: all but the manifest.
+    step: updates done.
+    scalars: optimizer state that is one number for all parameters.
+    details: JSON that the trainer adds to the tensors; its config in the format of this version.
+    tensors: global shape of every parameter.
+    states: dtype of every optimizer state, by the optimizer's own names.
+    files: all but the manifest.
     """
 
     format_version: int
@@ -43,16 +46,16 @@ class Manifest:
 
 
 def to_text(manifest: Manifest) -> str:
-    """The file's content, which holds a hash of itself."""
+    """Return the file's content, which includes a hash of itself."""
     content = asdict(manifest)
     return json.dumps(content | {HASH: hash_text(_canonical(content))}, indent=1)
 
 
 def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
-    """The manifest of the checkpoint at `path`.
+    """Read the manifest of the checkpoint at `path`.
 
-    OSError, ValueError, KeyError or TypeError where there is none that makes sense. A user error where it is
-    of another format version: the checkpoint is not damaged, and to pass it over would lose its work.
+    OSError, ValueError, KeyError or TypeError: it is missing or invalid. User error: it is of another format
+    version; such a checkpoint is not damaged, and skipping it would lose its work.
     """
     with storage.read(path / MANIFEST) as stream:
         raw = json.loads(stream.read())
@@ -68,7 +71,7 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
             path,
             f"format version {raw['format_version']} was written by {age} distllm; "
             f"this one reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}",
-            f"install {age} distllm, or move the checkpoint away to go on from an earlier one",
+            f"install {age} distllm, or move the checkpoint away to resume from an earlier one",
         )
     if digest is None:
         raise ValueError("it has no hash of itself")
@@ -80,9 +83,9 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
 
 
 def find_damage(path: Path, storage: Storage = LOCAL, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Read a checkpoint and say what is wrong with it; None means that it is good.
+    """Read a checkpoint and describe its first damage; None if it is good.
 
-    share: (i, n) looks at every n-th file from the i-th, so that n ranks together look at all.
+    share: (i, n) checks every n-th file from the i-th, so that n ranks together check all.
     """
     return next(damages(path, storage, share), None)
 
@@ -93,7 +96,7 @@ def damages(
     share: tuple[int, int] = (0, 1),
     damage_of: Callable[[Storage, Path, FileRecord], str | None] = damage_of,
 ) -> Iterator[str]:
-    """Everything that `damage_of` finds wrong with the files of a checkpoint, each as "file: what"."""
+    """Yield everything that `damage_of` finds wrong with a checkpoint's files, each as "file: what"."""
     try:
         manifest = read_manifest(path, storage)
     except UserError:  # a ValueError, too

@@ -1,6 +1,6 @@
-"""What a rank holds of the global tensors, cut into boxes.
+"""The parts of the global tensors that a rank holds, cut into boxes.
 
-A tensor's key is "<state>/<canonical name>", the state being "weight" or the optimizer's own word. Tensors
+A tensor's key is "<state>/<canonical name>", the state being "weight" or the optimizer's own name. Tensors
 are filed by module, such as one transformer layer: a reader never needs the list of all pieces at once.
 """
 
@@ -33,7 +33,7 @@ class Piece:
 
 
 def pieces_of(fragments: Iterable[Fragment]) -> list[Piece]:
-    """All boxes of all tensors of the fragments."""
+    """Return all boxes of all tensors of the fragments."""
     pieces = []
     for fragment in fragments:
         place, boxes = fragment.place, fragment.place.boxes(fragment.start, fragment.stop)

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, which one to resume from, and which may go."""
+"""Find checkpoints, choose the one to resume from, and remove old ones."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path, storage: Storage = LOCAL) -> list[Path]:
-    """Complete checkpoints, oldest first. A folder without a manifest is a save that was cut short."""
+    """List complete checkpoints, oldest first. A folder without a manifest is a save that was interrupted."""
     found = [p for p in storage.ls(folder) if NAME.fullmatch(p.name) and storage.is_file(p / MANIFEST)]
     return sorted(found)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """path: the checkpoint to resume from, None to start afresh. damaged: newer ones that were passed over,
-    each with what is wrong."""
+    """The checkpoint to start from.
+
+    path: the checkpoint to resume from, None to start from scratch.
+    damaged: newer ones that were skipped, each with what is wrong.
+    """
 
     path: Path | None
     damaged: tuple[str, ...] = ()
 
 
 def candidates(folder: Path, settings: Checkpoint) -> list[Path]:
-    """What `checkpoint.resume` allows to start from, best first; empty for a fresh start."""
+    """Return the checkpoints that `checkpoint.resume` allows, best first; empty for a fresh start."""
     existing = list_checkpoints(folder)
     if settings.resume == "never" and existing:
         raise user_error(
@@ -49,13 +52,13 @@ def candidates(folder: Path, settings: Checkpoint) -> list[Path]:
             "choose another run.dir, or resume=auto",
         )
     if settings.resume in ("auto", "never") or existing:
-        # Resuming from elsewhere is a start; a restart of that job goes on with its own checkpoints.
+        # Resuming from another run is a new start; a restart of that job continues from its own checkpoints.
         return existing[::-1]
     return [Path(settings.resume).expanduser()]
 
 
 def choose(paths: Sequence[Path], find_damage: Callable[[Path], str | None] = find_damage) -> Choice:
-    """The first good one of `paths`. A user error where there are some and none is good."""
+    """Choose the first good one of `paths`. User error: there are some and none is good."""
     damaged: list[str] = []
     for path in paths:
         damage = find_damage(path)
@@ -74,10 +77,11 @@ def choose(paths: Sequence[Path], find_damage: Callable[[Path], str | None] = fi
 
 
 def remove_old(newest: Path, settings: Checkpoint, storage: Storage = LOCAL) -> list[Path]:
-    """Drop what retention does not keep, and unfinished saves; `newest` is known to be good.
+    """Remove what retention does not keep, and unfinished saves; `newest` is known to be good.
 
-    `settings.keep` checkpoints up to `newest` stay, and for good those of every `settings.keep_every` steps.
-    Of later steps there can only be damaged ones: they do not count, and stay until they are replaced.
+    `settings.keep` checkpoints up to `newest` stay, and those of every `settings.keep_every` steps are never
+    removed. Checkpoints of later steps can only be damaged: they do not count, and stay until they are
+    replaced.
     """
     folder = newest.parent
     counted = [path for path in list_checkpoints(folder, storage) if path.name <= newest.name]
@@ -89,8 +93,10 @@ def remove_old(newest: Path, settings: Checkpoint, storage: Storage = LOCAL) -> 
 
 
 def remove(path: Path, storage: Storage = LOCAL) -> None:
-    """Give a checkpoint the name of an unfinished save first: a kill while its files go one by one would
-    leave a part of it under its own name, which nothing would ever clear away."""
+    """Remove a checkpoint, renaming it to an unfinished save first.
+
+    A kill during removal would else leave a part of it under its own name, which nothing would ever remove.
+    """
     if not path.name.endswith(".tmp"):
         condemned = path.with_name(f"{path.name}.tmp")
         storage.mv(path, condemned)

@@ -1,7 +1,7 @@
-"""Where checkpoints lie: the few operations that they ask of a file system, named as in fsspec.
+"""The storage of checkpoints: the few operations that they need of a file system, named as in fsspec.
 
-Everything in this package goes through a `Storage`, so that an object store can follow: its class needs these
-methods and nothing else.
+Everything in this package goes through a `Storage`, so that an object store can be added: its class needs
+these methods and nothing else.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import BinaryIO, Protocol
 
 
 class Storage(Protocol):
-    """Kernels raise OSError where they fail."""
+    """A file system for checkpoints; its methods raise OSError when they fail."""
 
     def create(self, path: Path) -> AbstractContextManager[BinaryIO]:
-        """A new file to write forward; it is durable when the context has been left without an error."""
+        """Create a file to write sequentially; it is durable when the context is left without an error."""
 
     def read(self, path: Path) -> AbstractContextManager[BinaryIO]:
-        """A file to read."""
+        """Open a file to read."""
 
     def map(self, path: Path) -> AbstractContextManager[bytearray | mmap.mmap]:
-        """A file's content as a writable buffer that nobody else sees, if possible read as it is touched."""
+        """Return a file's content as a private writable buffer, if possible read as it is touched."""
 
     def is_file(self, path: Path) -> bool: ...
 
     def size(self, path: Path) -> int: ...
 
     def ls(self, path: Path) -> list[Path]:
-        """What lies directly in a folder, in any order; nothing where there is no folder."""
+        """List a folder's direct entries, in any order; empty if the folder does not exist."""
 
     def makedirs(self, path: Path) -> None: ...
 
     def mv(self, source: Path, target: Path) -> None:
-        """Give a folder another name, durably; readers see all of it under one of the two names."""
+        """Rename a folder durably; readers see all of it under one of the two names."""
 
     def rm(self, path: Path) -> None:
         """Remove a file or a folder with all that it holds; it may be missing."""
@@ -62,7 +62,7 @@ class LocalStorage:
     def map(self, path: Path) -> Iterator[mmap.mmap]:
         with open(path, "rb") as stream:
             # Copy on write: PyTorch warns of buffers that it must not write to. Not closed here: tensors may
-            # still look into it, and it goes when the last of them does.
+            # still refer to it, and it is freed with the last of them.
             yield mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def is_file(self, path: Path) -> bool:

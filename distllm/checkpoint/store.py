@@ -6,7 +6,7 @@
       tokenizer/...               and other attachments
       manifest.json               written last, with size and hash of every other file
 
-A module's metadata is put together on one rank of its pipeline stage, another for each module, and read one
+A module's metadata is assembled on one rank of its pipeline stage, another for each module, and read one
 module at a time: no rank ever holds the list of all pieces, which has millions of entries for a large job.
 """
 
@@ -43,7 +43,7 @@ class SaveFailedError(Exception):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds beside the tensors; attachments: {path in its folder: content}."""
+    """The content of a checkpoint beside the tensors; attachments: {path in its folder: content}."""
 
     step: int
     scalars: Mapping[str, float]
@@ -53,7 +53,7 @@ class Contents:
 
 @dataclass
 class _Described:
-    """What one rank tells rank 0 for the manifest."""
+    """One rank's report to rank 0 for the manifest."""
 
     tensors: dict[str, Shape] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def write_checkpoint(
     details: Mapping[str, Any],
     attachments: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write what the fragments hold now. Collective; see `write_pieces`."""
+    """Write the current content of the fragments. Collective; see `write_pieces`."""
     pieces = pieces_of(fragment for fragment in fragments if fragment.writer)
     write_pieces(path, pieces, Contents(step, scalars, details, attachments or {}))
 
@@ -88,7 +88,7 @@ def write_pieces(
 ) -> None:
     """Write this rank's pieces as its part of the checkpoint. Collective over `groups.world`.
 
-    Afterwards `path` is a complete checkpoint; before that, and after a SaveFailedError, it is what it was.
+    Afterwards `path` is a complete checkpoint; before that, and after a SaveFailedError, `path` is unchanged.
     """
     rank, temporary = dist.get_rank(), path.with_name(path.name + ".tmp")
     try:
@@ -102,13 +102,13 @@ def write_pieces(
         _together(groups, lambda: _commit(temporary, path, contents, everyone, storage) if everyone else None)
     except SaveFailedError:
         if rank == 0:
-            with suppress(OSError):  # what is left is not taken for a checkpoint, and goes with the next save
+            with suppress(OSError):  # a leftover is not a checkpoint, and the next save removes it
                 storage.rm(temporary)
         raise
 
 
 def read_tensors(path: Path, fragments: Iterable[Fragment], storage: Storage = LOCAL) -> None:
-    """Fill the fragments' tensors in place from the checkpoint at `path`; every rank for itself."""
+    """Fill the fragments' tensors in place from the checkpoint at `path`; not collective."""
     by_module: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces_of(fragments):
         by_module[module_of(piece.name)].append(piece)
@@ -117,7 +117,11 @@ def read_tensors(path: Path, fragments: Iterable[Fragment], storage: Storage = L
 
 
 def _read_module(path: Path, module: str, pieces: Sequence[Piece], storage: Storage) -> None:
-    """Its metadata is gone when that of the next module comes: both together would be a third more."""
+    """Read the pieces of one module.
+
+    Its metadata is freed before that of the next module is read: both together would need a third more
+    memory.
+    """
     with storage.read(path / TENSORS / module / METADATA) as stream:
         metadata = read_metadata(stream)
     with ExitStack() as opened:
@@ -132,7 +136,7 @@ def _read_module(path: Path, module: str, pieces: Sequence[Piece], storage: Stor
 def _together(groups: SaveGroups, work: Callable[[], T]) -> T:
     """Do `work` on every rank; if it fails on one, all of them raise: else they would wait for that one.
 
-    What the disk refuses is a SaveFailedError; torch.save makes a RuntimeError of it. The rest are our bugs.
+    Errors of the disk become a SaveFailedError; torch.save turns them into a RuntimeError. Others are bugs.
     """
     result, disk_error, bug = None, None, None
     try:
@@ -151,8 +155,8 @@ def _together(groups: SaveGroups, work: Callable[[], T]) -> T:
 
 
 def _open_folder(folder: Path, contents: Contents, storage: Storage) -> dict[str, FileRecord]:
-    """An empty folder with the attachments."""
-    storage.rm(folder)  # left by a kill
+    """Make an empty folder with the attachments."""
+    storage.rm(folder)  # left by a killed process
     storage.makedirs(folder / SHARDS)
     records = {}
     for name, content in contents.attachments.items():
@@ -175,7 +179,7 @@ def _write_shard(
 
 
 def _gather_by_module(records: Sequence[Record], groups: SaveGroups) -> dict[str, list[Record]]:
-    """All ranks' records of the modules that this rank describes. Collective over `groups.stage`."""
+    """Return all ranks' records of the modules that this rank describes. Collective over `groups.stage`."""
     mine: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         mine[module_of(record.name)].append(record)
@@ -210,7 +214,7 @@ def _write_modules(folder: Path, modules: Mapping[str, Sequence[Record]], storag
 def _commit(
     temporary: Path, path: Path, contents: Contents, everyone: Iterable[_Described], storage: Storage
 ) -> None:
-    """The manifest, and then the folder's name."""
+    """Write the manifest, and then give the folder its final name."""
     total = _Described()
     for part in everyone:
         total.add(part)
@@ -225,5 +229,5 @@ def _commit(
     )
     with storage.create(temporary / MANIFEST) as stream:
         stream.write(to_text(manifest).encode())
-    storage.rm(path)  # a damaged one that the start has passed over
+    storage.rm(path)  # a damaged one that was skipped at the start
     storage.mv(temporary, path)

@@ -1,4 +1,4 @@
-"""What lies in a folder of checkpoints, and what of it may go; without torch."""
+"""Survey a folder of checkpoints, and plan what can be removed; without torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ State = Literal["complete", "damaged", "unfinished", "other format"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint, or what should have become one.
+    """A checkpoint, or a save that did not become one.
 
-    state: `complete` as far as was looked; `unfinished` is a save that was cut short or is going on.
-    step: None where neither manifest nor name tell it. problems: what is wrong with it, each with its file.
-    num_bytes: on disk. manifest: None where there is none that makes sense.
+    state: `complete` as far as was checked; `unfinished` is a save that was interrupted or is in progress.
+    step: None where neither manifest nor name gives it.
+    problems: what is wrong with it, each with its file.
+    num_bytes: on disk.
+    manifest: None where it is missing or invalid.
     """
 
     path: Path
@@ -37,13 +39,13 @@ class Entry:
 
 
 def survey(folder: Path, storage: Storage = LOCAL) -> list[Entry]:
-    """All that lies in the folder of a run's checkpoints, newest last; no file but the manifests is read."""
+    """List the entries of a run's checkpoint folder, newest last; only the manifests are read."""
     names = [path for path in storage.ls(folder) if NAME.fullmatch(path.name) or is_temporary(path)]
     return [look_at(path, storage) for path in sorted(names, key=lambda path: path.name)]
 
 
 def look_at(path: Path, storage: Storage = LOCAL, thorough: bool = False) -> Entry:
-    """thorough: every byte is read; else only the manifest and the sizes of the files."""
+    """Examine a checkpoint. thorough: read every byte; else only the manifest and the sizes of the files."""
     num_bytes = bytes_on_disk(path, storage)
     name = re.search(r"\d+", path.name)
     step = int(name.group()) if name else None
@@ -55,7 +57,7 @@ def look_at(path: Path, storage: Storage = LOCAL, thorough: bool = False) -> Ent
         rules = tuple(problem.rule for problem in error.problems)
         return Entry(path, step, "other format", rules, num_bytes, None)
     manifest = None
-    with suppress(OSError, ValueError, KeyError, TypeError):  # told by `found`
+    with suppress(OSError, ValueError, KeyError, TypeError):  # reported by `found`
         manifest = read_manifest(path, storage)
         step = manifest.step
     return Entry(path, step, "damaged" if found else "complete", found, num_bytes, manifest)
@@ -66,7 +68,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def bytes_on_disk(path: Path, storage: Storage = LOCAL) -> int:
-    """Of a file, or of all files in a folder."""
+    """Return the size of a file, or of all files in a folder."""
     with suppress(FileNotFoundError):  # removed meanwhile, by the job that runs there
         if storage.is_file(path):
             return storage.size(path)
@@ -75,10 +77,12 @@ def bytes_on_disk(path: Path, storage: Storage = LOCAL) -> int:
 
 @dataclass
 class Pruning:
-    """What retention makes of a folder, each newest first.
+    """The effect of retention on a folder, each list newest first.
 
-    kept: good, read to the last byte, and counted. for_good: stays whatever its state. doubtful: {path: why
-    it does not count}; newer than the last one that counts, so that it stays. removed: goes.
+    kept: good, read to the last byte, and counted.
+    for_good: never removed, whatever their state.
+    doubtful: {path: why it does not count}; newer than the last one that counts, so they stay.
+    removed: to be removed.
     """
 
     kept: list[Path] = field(default_factory=list)
@@ -88,10 +92,10 @@ class Pruning:
 
 
 def plan_pruning(folder: Path, settings: Checkpoint, storage: Storage = LOCAL) -> Pruning:
-    """Keep `settings.keep` good checkpoints, and for good those of every `settings.keep_every` steps.
+    """Keep `settings.keep` good checkpoints, and always those of every `settings.keep_every` steps.
 
-    Only what is older than the last that counts goes, and unfinished saves: where fewer are good than are to
-    be kept, no complete checkpoint goes at all.
+    Only checkpoints older than the last that counts are removed, and unfinished saves: where fewer are good
+    than are to be kept, no complete checkpoint is removed.
     """
     plan = Pruning()
     for path in reversed(list_checkpoints(folder, storage)):

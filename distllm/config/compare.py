@@ -1,4 +1,4 @@
-"""What differs between two configs, as it is written on the command line. Pure."""
+"""Compare two configs, in the form of the command line. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ UNSET = "unset"
 
 
 def changed_settings(before: PlainConfig, now: PlainConfig, without: Collection[str] = ()) -> Changes:
-    """without: sections and settings that are not compared. A setting that only one has is `unset` in the
-    other: an older distllm did not know it."""
+    """Return the settings that differ.
+
+    without: sections and settings that are not compared. A setting that only one has is `unset` in the other:
+        an older distllm did not have it.
+    """
     old, new = settings(before), settings(now)
     return {
         name: (old.get(name, UNSET), new.get(name, UNSET))
@@ -24,7 +27,7 @@ def changed_settings(before: PlainConfig, now: PlainConfig, without: Collection[
 
 
 def settings(config: PlainConfig) -> dict[str, str]:
-    """{"section.name": value as it is written on the command line}."""
+    """Return {"section.name": value as it is written on the command line}."""
     return {
         f"{section}.{name}": value if isinstance(value, str) else json.dumps(value)
         for section, content in config.items()

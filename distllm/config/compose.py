@@ -1,7 +1,7 @@
-"""Hydra -> typed config; all use of Hydra lives here.
+"""Compose the typed config with Hydra; all use of Hydra is here.
 
-Hydra stops at the first mistake, we name them all: an override that Hydra cannot take is put on the list and
-left out, a plain `a.b=v` is forced in so that the schema sees unknown names too, and what results goes to
+Hydra stops at the first mistake, while we report all of them: an override that Hydra cannot parse is listed
+and left out, a plain `a.b=v` is forced in so that the schema sees unknown names too, and the result goes to
 `validate.py`. A run never starts Hydra's own job machinery: no folder, no chdir and no logging per rank.
 """
 
@@ -43,11 +43,11 @@ GRAMMAR = "https://hydra.cc/docs/1.3/advanced/override_grammar/basic"
 
 @dataclass(frozen=True)
 class Request:
-    """One command line, what follows its verb as Hydra's own parser reads it.
+    """One command line, parsed after its verb by Hydra's own parser.
 
-    world_size: ranks of the job; for `check` those of the job that is asked about. action: one of the
-    verb's actions; None for a verb that has none, and where the command only shows. arguments: those of the
-    verb's bare arguments that were given, as they were written.
+    world_size: ranks of the job; for `check` those of the job to be checked.
+    action: one of the verb's actions; None for a verb that has none, and where the command only shows.
+    arguments: the verb's bare arguments that were given, as they were written.
     """
 
     verb: Verb
@@ -72,19 +72,19 @@ class Request:
 
     @property
     def words(self) -> list[str]:
-        """Action and bare arguments, for another process."""
+        """Return action and bare arguments, for another process."""
         return [*filter(None, [self.action]), *(f"{name}={value}" for name, value in self.arguments.items())]
 
     @property
     def config_flags(self) -> list[str]:
-        """The flags that say where configurations are read, for another process."""
+        """Return the flags that say where configurations are read, for another process."""
         flags = {"--config-path": self.flags.config_path, "--config-dir": self.flags.config_dir}
         paths = [f"{flag}={os.path.abspath(path)}" for flag, path in flags.items() if path]
         return [*paths, f"--config-name={self.config_name}"]
 
 
 def parse(name: str, arguments: Sequence[str]) -> Request:
-    """Read the command line of a verb; a `UserError` if there is none or Hydra's parser refuses the rest."""
+    """Parse the command line of a verb; a `UserError` for an unknown verb or flags that Hydra rejects."""
     verb = find(name)
 
     def refuse(message: str) -> NoReturn:
@@ -99,7 +99,7 @@ def parse(name: str, arguments: Sequence[str]) -> Request:
     if flags.resolve and not (flags.cfg or flags.help):
         refuse("--resolve goes with --cfg or --help")
     is_named = verb.actions != (None,) and flags.overrides and "=" not in flags.overrides[0]
-    action = flags.overrides.pop(0) if is_named else None  # Hydra itself must not see it
+    action = flags.overrides.pop(0) if is_named else None  # Hydra must not parse it
     pairs = [(text, *text.partition("=")[::2]) for text in flags.overrides]
     overrides = [text for text, name, _ in pairs if name not in verb.bare_arguments]
     named = {name: value for _, name, value in pairs if name in verb.bare_arguments}
@@ -116,7 +116,7 @@ def parse(name: str, arguments: Sequence[str]) -> Request:
 
 
 def load(request: Request) -> Config:
-    """The job's config, equal on every rank; a `UserError` that lists every problem of it."""
+    """Return the job's config, equal on every rank; a `UserError` lists every problem of it."""
     loader = _loader(request)
     composed, problems = _compose(loader, request)
     values = _plain(composed, problems)
@@ -128,7 +128,7 @@ def load(request: Request) -> Config:
 
 
 def show(request: Request, title: str) -> None:
-    """Hydra's own `--help`, `--cfg`, `--info` and the like, once the overrides are known to be sound."""
+    """Show Hydra's own `--help`, `--cfg`, `--info` and the like, after checking the overrides."""
     if not request.flags.shell_completion:
         composed, problems = _compose(_loader(request), request)
         problems += validate.unknown_settings(_plain(composed, []))
@@ -143,7 +143,7 @@ def show(request: Request, title: str) -> None:
 
 
 def group_choices(request: Request) -> dict[str, tuple[str, list[str]]]:
-    """For each group of settings: which of its configurations the job takes, and which there are."""
+    """Return for each group of settings the configuration that the job takes, and all that exist."""
     loader = _loader(request)
     choices = _compose(loader, request)[0].hydra.runtime.choices
     return {
@@ -158,7 +158,7 @@ def _runs_nothing(_: object) -> None:
 
 
 def expand(request: Request) -> list[tuple[tuple[str, ...], str]]:
-    """The jobs of a sweep: the overrides of each, and its swept part, which tells it from the others."""
+    """Return the jobs of a sweep: the overrides of each, and its swept part, which identifies it."""
     loader = _loader(request)
     composed, problems = _compose(loader, request)
     for plugin in ("launcher", "sweeper"):
@@ -184,18 +184,18 @@ def expand(request: Request) -> list[tuple[tuple[str, ...], str]]:
 
 
 def save_sweep(request: Request, directory: str) -> None:
-    """Write what Hydra writes of a sweep, `multirun.yaml`, into `directory`."""
+    """Write Hydra's record of a sweep, `multirun.yaml`, into `directory`."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     OmegaConf.save(_compose(_loader(request), request)[0], Path(directory) / "multirun.yaml")
 
 
 def assignment(setting: str, value: str) -> str:
-    """The override that gives `setting` exactly the string `value`, whatever is in it."""
+    """Return the override that sets `setting` to exactly the string `value`, with any characters."""
     return f"{setting}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, for `config.yaml` in the run directory."""
+    """Return the resolved config, for `config.yaml` in the run directory."""
     # Characters beyond ASCII stay escaped: YAML folds some of them (U+0085, U+2028) into a space.
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
@@ -207,19 +207,19 @@ def from_yaml(text: str) -> Config:
 
 
 def config_hash(config: Config) -> str:
-    """Equal configs have equal hashes, in every process and on every machine."""
+    """Return a hash that equal configs share, in every process and on every machine."""
     canonical = json.dumps(to_plain(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def to_plain(config: Config) -> dict[str, dict[str, Any]]:
-    """{section: {setting: JSON value}}, the form in which a config is stored; named as users write it."""
+    """Return {section: {setting: JSON value}}, the form in which a config is stored; with users' names."""
     plain: dict[str, dict[str, Any]] = validate.ADAPTER.dump_python(config, mode="json", by_alias=True)
     return plain
 
 
 def _main_directory(request: Request) -> Path:
-    """`conf/`: inside the package when it is installed, beside it in a checkout."""
+    """Return `conf/`: inside the package when it is installed, beside it in a checkout."""
     if request.flags.config_path:
         return Path(request.flags.config_path).absolute()
     package = Path(__file__).parents[1]
@@ -246,7 +246,7 @@ def _load(loader: ConfigLoaderImpl, request: Request, overrides: list[str]) -> D
 
 
 def _compose(loader: ConfigLoaderImpl, request: Request) -> tuple[DictConfig, list[Problem]]:
-    """Compose what can be composed; the rest are problems."""
+    """Compose all valid overrides; the others become problems."""
     overrides: list[tuple[Override, str]] = []
     problems: list[Problem] = []
     for text in request.overrides:
@@ -267,7 +267,7 @@ def _compose(loader: ConfigLoaderImpl, request: Request) -> tuple[DictConfig, li
 def _compose_one_by_one(
     loader: ConfigLoaderImpl, request: Request, overrides: list[tuple[Override, str]], problems: list[Problem]
 ) -> tuple[DictConfig, list[Problem]]:
-    """Hydra names one culprit at most: find all of them by composing each override alone."""
+    """Compose each override alone, to find all invalid ones: Hydra names one at most."""
     search_path = [text for override, text in overrides if override.key_or_group == "hydra.searchpath"]
     try:
         _load(loader, request, search_path)
@@ -286,13 +286,13 @@ def _compose_one_by_one(
     try:
         return _load(loader, request, usable), problems
     except COMPOSITION_ERRORS as error:
-        fix = "take back overrides until they agree"
+        fix = "remove overrides until they agree"
         problems.append(Problem("overrides", " ".join(request.overrides), _one_line(error), fix))
         raise UserError(problems) from error
 
 
 def _forced(loader: ConfigLoaderImpl, override: Override, text: str) -> str:
-    """`++a.b=v` for a plain `a.b=v`: Hydra would stop at an unknown name, the schema lists all of them."""
+    """Return `++a.b=v` for `a.b=v`: Hydra would stop at an unknown name, the schema lists all of them."""
     is_plain = text.startswith(override.key_or_group) and override.package is None
     is_group = loader.repository.group_exists(override.key_or_group)
     return f"++{text}" if is_plain and not is_group and not override.is_hydra_override() else text
@@ -312,12 +312,12 @@ def _explained(loader: ConfigLoaderImpl, override: Override, error: Exception) -
         fix = f"{'' if override.is_add() else '+'}{override.key_or_group}={value}"
         return Problem(setting, value, _one_line(error), fix)
     return Problem(
-        setting, value, _one_line(error), f"distllm VERB --cfg job shows what is there, {GRAMMAR} how"
+        setting, value, _one_line(error), f"distllm VERB --cfg job shows the settings, {GRAMMAR} the grammar"
     )
 
 
 def _plain(composed: DictConfig, problems: list[Problem], prefix: str = "") -> dict[str, Any]:
-    """The values of a composed config. `???` is left out: the schema then says that it is required."""
+    """Return the values of a composed config without `???`, which the schema then reports as required."""
     if not prefix:
         HydraConfig.instance().set_config(composed)  # for ${hydra:...}
     values: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Rules of the data path that join several settings; one small function each."""
+"""Rules of the data path that combine several settings; one small function each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = r"[A-Za-z0-9_-]+"
 
 
 def placed_sources(config: Config) -> Iterator[tuple[str, Source]]:
-    """Each source with the setting that holds it: `data`, or `data.sources.NAME` in a mixture."""
+    """Yield each source with the setting that holds it: `data`, or `data.sources.NAME` in a mixture."""
     for name, source in config.data.named_sources.items():
         yield config.data.place(name), source
 
@@ -45,7 +45,7 @@ def mixture(config: Config, _: int) -> Iterator[Problem]:
             yield Problem(f"data.{setting}", value, rule, f"data.sources.NAME.{setting}={value}")
     for name in data.sources:
         if not re.fullmatch(NAME, name):
-            rule = "the name of a source is letters, digits, _ and -, for it names metrics"
+            rule = "the name of a source must consist of letters, digits, _ and -, since it names metrics"
             yield Problem("data.sources", name, rule, f"data.sources.{re.sub('[^A-Za-z0-9_-]', '_', name)}")
     if not any(source.weight for source in data.sources.values()):
         fix = "data.sources.NAME.weight=1"
@@ -55,7 +55,7 @@ def mixture(config: Config, _: int) -> Iterator[Problem]:
 def mixture_changes(config: Config, _: int) -> Iterator[Problem]:
     data = config.data
     if data.source != "mixture" or not data.sources:
-        return  # `mixture` speaks of that
+        return  # reported by `mixture`
     steps = [change.step for change in data.changes]
     for number, change in enumerate(data.changes):
         setting = f"data.changes.{number}"
@@ -65,12 +65,12 @@ def mixture_changes(config: Config, _: int) -> Iterator[Problem]:
         elif not any(change.weights.values()):
             yield Problem(setting, change.weights, "one weight must be above 0", "raise one")
         if steps.index(change.step) != number:
-            rule = "another change stands at the same step"
+            rule = "another change has the same step"
             yield Problem(f"{setting}.step", change.step, rule, "keep one of them")
 
 
 def megatron_tokenizer(config: Config, _: int) -> Iterator[Problem]:
-    """Where the tokens are made already, there is no text to train a tokenizer on."""
+    """Check the tokenizer where the tokens exist already: there is no text to train a tokenizer on."""
     kinds = [source.source for _, source in placed_sources(config)]
     tokenized = [kind for kind in kinds if SOURCES[kind].is_tokenized]
     tokenizer = config.tokenizer

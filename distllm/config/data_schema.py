@@ -28,9 +28,9 @@ class Source:
         set or a local folder; None for `stdlib`.
     text_field: key of the text in a JSON line, or column of Parquet, Arrow and Hugging Face rows.
     subset, split: of a Hugging Face data set; subset None is its only or default one.
-    weight: share of the samples, in proportion to the other sources'; 0 leaves it out until a change.
+    weight: fraction of the samples, relative to the other sources' weights; 0 leaves it out until a change.
     max_epochs: how often its documents may be seen at most; None means without limit.
-    shuffle: whether every epoch has an order of its own; else all go in the order of the documents.
+    shuffle: whether every epoch has an order of its own; else all epochs use the order of the documents.
     """
 
     source: Annotated[str, SOURCES.choice()]
@@ -47,7 +47,8 @@ class Source:
 class MixtureChange:
     """Other weights of the sources from a step on.
 
-    step: number of updates after which they hold. weights: of the sources, all of which are named.
+    step: number of updates after which they apply.
+    weights: of the sources, all of which are named.
     """
 
     step: PositiveInt
@@ -60,11 +61,11 @@ class Data:
 
     source, path, text_field, subset, split, max_epochs, shuffle: as in `Source`; in a `mixture` each source
         has its own, under `sources.NAME`.
-    sources: of a mixture, by name; the names are in metrics and ledger, and the order of a source hangs on
-        its name.
+    sources: of a mixture, by name; the names appear in metrics and ledger, and the order of a source depends
+        on its name.
     changes: of the weights, at given steps.
-    validation_fraction: share of the documents held out, of each source, chosen by a hash of their text (of
-        `megatron`, the last documents).
+    validation_fraction: fraction of the documents held out, of each source, chosen by a hash of their text
+        (of `megatron`, the last documents).
     cache: folder of prepared corpora and trained tokenizers, keyed by content; shared between runs.
     """
 
@@ -82,7 +83,7 @@ class Data:
 
     @property
     def named_sources(self) -> dict[str, Source]:
-        """Every job is a mixture: without one, of a single source that is called by its kind."""
+        """Return the sources by name; a job without a mixture has one, named by its kind."""
         if self.source == "mixture":
             return self.sources
         return {
@@ -98,11 +99,11 @@ class Data:
         }
 
     def place(self, name: str) -> str:
-        """Where users write the settings of a source."""
+        """Return the setting under which users write a source."""
         return f"data.sources.{name}" if self.source == "mixture" else "data"
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """Weights of the sources in the update that follows `step` updates; in no particular unit."""
+        """Return the weights of the sources in the update that follows `step` updates, in any unit."""
         weights = {name: source.weight for name, source in self.named_sources.items()}
         for change in sorted(self.changes, key=lambda change: change.step):
             if change.step <= step:
@@ -112,12 +113,12 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class Preparation:
-    """From documents to token files; none of it but bad_input and max_document_bytes changes what comes out.
+    """From documents to token files; only bad_input and max_document_bytes change the result.
 
     workers: processes that tokenize, on all processor cores together; None means one for every two cores.
-    bad_input: what becomes of a row or file that cannot be used (broken JSON, a missing field, invalid UTF-8,
-        an empty or too long document): `quarantine` counts it, writes file and row into quarantine.jsonl and
-        goes on; `stop` ends the job with the first.
+    bad_input: treatment of a row or file that cannot be used (broken JSON, a missing field, invalid UTF-8, an
+        empty or too long document): `quarantine` counts it, writes file and row into quarantine.jsonl and
+        continues; `stop` ends the job with the first.
     max_document_bytes: a longer document is bad input; None means without limit, in memory too.
     """
 
@@ -131,8 +132,8 @@ class Sequences:
     """From token files to training sequences of model.seq_length tokens.
 
     packing: `chunk` cuts the stream of documents every model.seq_length tokens, across documents; `best_fit`
-        puts whole documents together so that little is padded, and cuts only documents longer than a sequence
-        (arXiv:2404.10830).
+        packs whole documents together so that there is little padding, and cuts only documents longer than a
+        sequence (arXiv:2404.10830).
     document_mask: attention and positions restart at every document.
     prefetch: steps whose sequences are read ahead while the device computes; 0 means none.
     """

@@ -1,8 +1,8 @@
-"""The rules of layouts: what degrees of parallelism, batch and model must have in common.
+"""The rules of layouts: how degrees of parallelism, batch and model must fit together.
 
-They are those of Megatron Core 0.16.1 (`TransformerConfig.__post_init__` and the schedules), found before
-anything is started, and a few of ours: what it would silently ignore is refused. How layers are dealt to
-stages: `stage_rules.py`.
+They are those of Megatron Core 0.16.1 (`TransformerConfig.__post_init__` and the schedules), checked before
+anything is started, and a few of ours: settings that it would silently ignore raise an error. The division of
+layers among stages: `stage_rules.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Rule = Callable[[Config, int], Iterator[Problem]]
 
 
 def data_parallel_size(config: Config, world_size: int) -> int | None:
-    """Data-parallel ranks; None where the other axes do not fit into the world."""
+    """Return the number of data-parallel ranks; None where the other axes do not fit into the world."""
     found = degrees(config.parallel, world_size)
     return found["data"] if found else None
 
 
 def num_microbatches(config: Config, world_size: int) -> int | None:
-    """Microbatches of one rank in one step; None where the batch cannot be shared out."""
+    """Return the microbatches of one rank in one step; None where the batch cannot be divided."""
     ranks = data_parallel_size(config, world_size)
     if ranks is None or config.train.global_batch_size % (config.train.micro_batch_size * ranks):
         return None
@@ -50,7 +50,7 @@ def world_size_fits(config: Config, world_size: int) -> Iterator[Problem]:
 def batch_is_shared_out(config: Config, world_size: int) -> Iterator[Problem]:
     ranks = data_parallel_size(config, world_size)
     if ranks is None:
-        return  # world_size_fits speaks of that
+        return  # reported by world_size_fits
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
     unit = micro * ranks
     if size % unit:
@@ -99,7 +99,7 @@ def sequence_is_cut(config: Config, _: int) -> Iterator[Problem]:
 
 
 def microbatches_fill_the_chunks(config: Config, world_size: int) -> Iterator[Problem]:
-    """1F1B takes any number of microbatches, the interleaved schedule at least one per stage."""
+    """Check the number of microbatches: any for 1F1B, at least one per stage for the interleaved schedule."""
     parallel, train = config.parallel, config.train
     microbatches = num_microbatches(config, world_size)
     if microbatches is None or parallel.virtual_pipeline == 1 or microbatches >= parallel.pipeline:
@@ -122,8 +122,9 @@ def zero_has_what_is_asked(config: Config, _: int) -> Iterator[Problem]:
         fix = "zero.offload_optimizer=false, or zero.stage=1"
         yield Problem("zero.offload_optimizer", True, rule, fix)
     if config.zero.stage == 1 and config.zero.overlap_comm and config.parallel.virtual_pipeline > 1:
-        # DeepSpeed 0.19.8 reduces while the last microbatch of the step goes back through one chunk only:
-        # what the other chunks hold is left out, and the loss is off in the third digit after three steps.
+        # DeepSpeed 0.19.8 reduces during the backward pass of the last microbatch through one chunk only:
+        # gradients of the other chunks are left out, and the loss is off in the third digit after three
+        # steps.
         rule = (
             "must be false for zero.stage=1 with interleaved chunks "
             f"(parallel.virtual_pipeline={config.parallel.virtual_pipeline}), whose gradients would get lost"

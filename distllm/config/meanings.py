@@ -1,4 +1,4 @@
-"""What each setting means and what it may be, read from the schema: docstrings and annotations."""
+"""The meaning and type of each setting, read from the schema: docstrings and annotations."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ REQUIRED = object()  # the default of a setting that has none
 
 @dataclass(frozen=True)
 class Setting:
-    """name: dotted, as users write it. kind: its type, as people read it.
+    """The description of a setting.
 
-    default: of its class. A section has none, since `conf/` gives them; what is listed under a name of the
-    user's own (`data.sources.NAME`) has.
+    name: dotted, as users write it. kind: its type, in readable form.
+    default: of its class. A section has none, since `conf/` gives them; settings under a name that the user
+        chooses (`data.sources.NAME`) have.
     """
 
     name: str
@@ -60,12 +61,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def summary(section: type) -> str:
-    """What the docstring of a section says of all of it."""
+    """Return the part of a section's docstring that describes all of it."""
     return re.sub(r"\n{2,}", "\n\n", _entry(section).sub("\n", inspect.getdoc(section) or "")).strip()
 
 
 def meanings(section: type) -> dict[str, str]:
-    """Setting -> meaning; those that the docstring leaves out are left out."""
+    """Return {setting: meaning}; settings that the docstring does not explain are left out."""
     return {
         name: _in_full(entry["meaning"], name, section)
         for entry in _entry(section).finditer(inspect.getdoc(section) or "")
@@ -74,7 +75,7 @@ def meanings(section: type) -> dict[str, str]:
 
 
 def _in_full(meaning: str, name: str, section: type) -> str:
-    """On one line, with what another section says where it points there, and null as users write it."""
+    """Return a meaning on one line, with references to another section resolved and None as null."""
     text = " ".join(meaning.split()).removesuffix(".")
     if pointer := re.match(r"as in `(\w+)`", text):
         other = vars(sys.modules[section.__module__])[pointer[1]]
@@ -83,7 +84,7 @@ def _in_full(meaning: str, name: str, section: type) -> str:
 
 
 def _entry(section: type) -> re.Pattern[str]:
-    """`name: meaning` or `name, other: meaning`, at the start of a line or sentence.
+    """Match `name: meaning` or `name, other: meaning`, at the start of a line or sentence.
 
     It ends before the next one or an empty line; names are only those of settings.
     """
@@ -94,7 +95,7 @@ def _entry(section: type) -> re.Pattern[str]:
 
 
 def readable(annotation: Any) -> str:
-    """A type as people read it: `fp32 | bf16`, `integer > 0`, `text or null`."""
+    """Return a type in readable form: `fp32 | bf16`, `integer > 0`, `text or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _bounded(arguments[0], arguments[1:])

@@ -1,4 +1,4 @@
-"""The user's mistakes: each with setting, value, rule and fix, all of them in one message, exit code 2."""
+"""User errors: each problem with setting, value, rule and fix, all in one message, exit code 2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Problem:
 class UserError(ValueError):
     """Raised on every rank alike; `__main__` prints it once, without a traceback, and exits with 2.
 
-    config: the refused job, where every setting is sound by itself. advice: printed below the problems.
+    config: the rejected job, where every setting is valid by itself. advice: printed below the problems.
     """
 
     def __init__(self, problems: Sequence[Problem], config: Config | None = None, advice: str = "") -> None:
@@ -46,10 +46,10 @@ class UserError(ValueError):
         super().__init__(f"{heading} with this job:\n{body}" + (f"\n{advice}" if advice else ""))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
-        """Pickled by its problems, so that rank 0 can send it to the other ranks."""
+        """Pickle the problems, so that rank 0 can send the error to the other ranks."""
         return UserError, (self.problems,)
 
 
 def user_error(setting: str, value: object, rule: str, fix: str) -> UserError:
-    """A `UserError` with a single problem."""
+    """Return a `UserError` with a single problem."""
     return UserError([Problem(setting, value, rule, fix)])

@@ -1,4 +1,4 @@
-"""Which steps `train.profile` names. Pure."""
+"""Parse `train.profile`, the steps to profile. Pure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import re
 
 
 def profiled_steps(text: str | None) -> range:
-    """`3:5` names steps 3 and 4, as `step` in metrics.jsonl counts them: 1 is the first update of a run.
+    """Return the steps of a text: `3:5` names steps 3 and 4, as `step` in metrics.jsonl counts them.
 
-    None names none. ValueError for what is not START:STOP with 0 < START < STOP.
+    1 is the first update of a run. None names none. ValueError for a text that is not START:STOP with 0 <
+    START < STOP.
     """
     if text is None:
         return range(0)

@@ -1,8 +1,8 @@
 """The tables of named parts that a setting chooses among. A new part is one file, and one line here.
 
-A part is imported when it is first asked for, so a long table costs nothing. What does not belong to distllm
-registers itself: `OPTIMIZERS.register("mine", "my_module:MINE")`, in a module that the environment variable
-DISTLLM_PLUGINS names (several with commas between them), which every rank imports before it reads its
+A part is imported when it is first asked for, so a long table costs nothing. Parts outside of distllm
+register themselves: `OPTIMIZERS.register("mine", "my_module:MINE")`, in a module that the environment
+variable DISTLLM_PLUGINS names (several, separated by commas), which every rank imports before it reads its
 configuration.
 """
 
@@ -24,13 +24,13 @@ PLUGINS = "DISTLLM_PLUGINS"
 
 
 class Registry:
-    """Names, and for each a part or where it is: `module:attribute`."""
+    """A table from names to parts, or to their places: `module:attribute`."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
         self._parts = dict(parts)
 
     def register(self, name: str, part: Any) -> None:
-        """part: the part itself, or `module:attribute`. A name that is taken gets the new part."""
+        """Add a part, given itself or as `module:attribute`. A name that is taken gets the new part."""
         self._parts[name] = part
 
     def __iter__(self) -> Iterator[str]:
@@ -47,14 +47,14 @@ class Registry:
         return part
 
     def choice(self, *others: str) -> BeforeValidator:
-        """For the annotation of a setting that holds one of the names, or one of `others`."""
-        # Before: what is no string at all gets the list of names, too.
+        """Return an annotation for a setting that holds one of the names, or one of `others`."""
+        # Before the check of the type, so that values that are no strings also get the list of names.
         return BeforeValidator(Choice(self, others))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Refuses what is no name of the registry at that time, nor one of `others`."""
+    """Rejects values that are neither names of the registry at that time nor in `others`."""
 
     registry: Registry
     others: tuple[str, ...]
@@ -73,18 +73,18 @@ class Choice:
 
 
 def imported(place: str) -> Any:
-    """What is at `module:attribute`."""
+    """Import and return the object at `module:attribute`."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def load_plugins() -> None:
-    """Import the modules of DISTLLM_PLUGINS; a `UserError` that names all that cannot be imported."""
+    """Import the modules of DISTLLM_PLUGINS; a `UserError` lists all that cannot be imported."""
     problems = []
     for module in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever their author has made wrong
+        except Exception as error:  # any error in a plug-in's code
             rule = f"must be modules that can be imported: {type(error).__name__}: {error}"
             fix = f"put its folder on PYTHONPATH, or see what python -c 'import {module}' says"
             problems.append(Problem(PLUGINS, module, rule, fix))

@@ -1,5 +1,6 @@
-"""Every rule that joins several settings; one small function per rule. Layouts: `layout_rules.py`; data:
-`data_rules.py`; which verb keeps which rules: `verbs.py`.
+"""All rules that combine several settings; one small function per rule.
+
+Layouts: `layout_rules.py`; data: `data_rules.py`; the rules of each verb: `verbs.py`.
 
 `check` is pure, `check_environment` looks at the files of this machine, `check_versions` at its packages.
 """
@@ -29,36 +30,36 @@ NUM_BYTES = 256
 
 
 class UnknownSetting(Exception):  # noqa: N818  # it ends a rule, it is no error
-    """A rule has asked for a setting that has no sound value, which is a problem of its own already."""
+    """A rule has read a setting without a valid value, which is reported separately."""
 
 
 class Known(SimpleNamespace):
-    """Stands for a config of which only some settings are sound."""
+    """Stands for a config of which only some settings are valid."""
 
     def __getattr__(self, name: str) -> Any:
         raise UnknownSetting(name)
 
 
 def check(config: Config, world_size: int, rules: Sequence[Rule] | None = None) -> list[Problem]:
-    """What the settings of a job, taken together, get wrong. rules: those of a verb; None: of training."""
+    """Return the problems of a job's settings taken together. rules: of a verb; None: of training."""
     return _collect(JOB_RULES if rules is None else rules, config, world_size)
 
 
 def check_environment(config: Config, rules: Sequence[Rule]) -> list[Problem]:
-    """What the job needs on this machine and does not find. rules: the environment rules of a verb."""
+    """Return what the job needs and this machine lacks. rules: the environment rules of a verb."""
     return _collect(rules, config, 1)
 
 
 def check_model(config: Config) -> list[Problem]:
-    """What the settings of the model get wrong among themselves, for a model from a file."""
+    """Return the problems among the settings of the model, for a model from a file."""
     return _collect(MODEL_RULES, config, 1)
 
 
 def check_versions() -> list[Problem]:
-    """Installed packages that are too old or untested; read from their metadata, without importing them.
+    """Return installed packages that are too old or untested; read from their metadata without imports.
 
-    The adapters reach into the insides of DeepSpeed and Megatron Core: another version may train a wrong
-    model without any error, so only those that the tests have seen are taken.
+    The adapters use internals of DeepSpeed and Megatron Core: another version may train a wrong model without
+    any error, so only tested versions are accepted.
     """
     problems = []
     installed = _installed("torch")
@@ -91,7 +92,7 @@ def _collect(rules: Sequence[Rule], config: Config, world_size: int) -> list[Pro
 
 
 def _model_family(config: Config, _: int) -> Iterator[Problem]:
-    """The rules of the family, each for itself."""
+    """Apply each rule of the model's family."""
     for rule in FAMILIES[config.model.family].rules:
         with suppress(UnknownSetting):
             yield from rule(config.model)
@@ -186,7 +187,7 @@ def _vocabulary(config: Config, _: int) -> Iterator[Problem]:
         rule = f"must be null or {smallest}: {parts}"
         yield Problem("tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=null")
     elif tokenizer.kind == "huggingface" and size is not None:
-        rule = "must be null for tokenizer.kind=huggingface, whose files say it"
+        rule = "must be null for tokenizer.kind=huggingface, whose files define it"
         yield Problem("tokenizer.vocab_size", size, rule, "tokenizer.vocab_size=null")
     elif tokenizer.kind == "bpe" and tokenizer.path is None and (size is None or size < smallest):
         rule = f"must be at least {smallest} to train a BPE: {parts}"
@@ -226,7 +227,7 @@ def run_directory(config: Config, _: int) -> Iterator[Problem]:
 
 
 def _why_not_writable(path: str) -> str | None:
-    """Why a folder cannot be made or written at `path`, judged by what there is of it; None if it can."""
+    """Return why no folder can be made or written at `path`, by its existing parents; None if it can."""
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     if not os.path.isdir(path):
@@ -253,7 +254,7 @@ def export_path(config: Config, _: int) -> Iterator[Problem]:
 
 def export_folder(config: Config, _: int) -> Iterator[Problem]:
     if not config.export.path:
-        return  # export_path speaks of that
+        return  # reported by export_path
     path = os.path.abspath(os.path.expanduser(config.export.path))
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
         rule = "must be a new or an empty folder: nothing is overwritten"
@@ -265,9 +266,9 @@ def export_folder(config: Config, _: int) -> Iterator[Problem]:
 def bench_folder(config: Config, _: int) -> Iterator[Problem]:
     folder, file = config.bench.folder, config.bench.json
     if folder is not None and not os.path.isdir(folder):
-        yield Problem("bench.folder", folder, "must be a folder that is there", "bench.folder=null")
+        yield Problem("bench.folder", folder, "must be an existing folder", "bench.folder=null")
     if file is not None and os.path.isdir(file):
-        yield Problem("bench.json", file, "must be a file, and is a folder", "bench.json=FILE")
+        yield Problem("bench.json", file, "must be a file, not a folder", "bench.json=FILE")
     elif file is not None and (reason := _why_not_writable(os.path.dirname(os.path.abspath(file)))):
         yield Problem("bench.json", file, f"must be writable; {reason}", "bench.json=FILE")
 

@@ -1,7 +1,7 @@
 """Every setting of a job, typed: one dataclass per group of `conf/`, units in the docstrings.
 
-A frozen `Config` is all that the rest of the package ever sees of the configuration. Ranges of single
-settings stand here, beside their types; rules that join several settings stand in `rules.py`.
+A frozen `Config` is all that the rest of the package sees of the configuration. Ranges of single settings
+stand here, beside their types; rules that combine several settings are in `rules.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distllm.config.data_schema import Source as Source  # part of `Data`
 from distllm.config.registry import FAMILIES, OBJECTIVES, OPTIMIZERS
 from distllm.config.verb_schema import Bench, Export, Generate, Import, Select
 
-# For `dataclasses.replace`, which knows fields by name; what users write is read by alias only (validate.py).
+# For `dataclasses.replace`, which knows fields by name; users' settings are read by alias only (validate.py).
 BY_NAME_TOO = ConfigDict(**STRICT, validate_by_alias=True, validate_by_name=True)
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,7 +34,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Run:
-    """dir: everything of a run lies under it; the same command with the same `dir` resumes."""
+    """Output of the run.
+
+    dir: folder of all files of a run; the same command with the same `dir` resumes.
+    """
 
     dir: str
 
@@ -43,27 +46,30 @@ class Run:
 class Model:
     """Shape of the transformer; the vocabulary comes from the tokenizer.
 
-    name: what summaries call it.
-    family: one of `distllm/model/families`, which says parameters, layer and form in Hugging Face's library.
+    name: the model's name in summaries.
+    family: one of `distllm/model/families`, which defines parameters, layer and form in Hugging Face's
+        library.
     num_layers: transformer layers, each of attention and a feed-forward network.
-    hidden_size: width of the residual stream. ffn_hidden_size: width inside the feed-forward network.
+    hidden_size: width of the residual stream.
+    ffn_hidden_size: width inside the feed-forward network.
     num_attention_heads: heads of queries in each layer.
     num_query_groups: heads of keys and values; each serves equally many heads of queries (grouped-query
         attention, arXiv:2305.13245), as many as there are of these means one each.
     head_dim: width of one head; None means hidden_size / num_attention_heads.
     seq_length: tokens per training sequence.
-    normalization: what is done to the input of attention, feed-forward network and output projection.
-    norm_epsilon: what is added to the mean square or variance before its root is taken.
-    position_embedding: `rope` turns queries and keys by their position (arXiv:2104.09864); `learned` adds a
+    normalization: of the inputs of attention, feed-forward network and output projection.
+    norm_epsilon: added to the mean square or variance before its root is taken.
+    position_embedding: `rope` rotates queries and keys by their position (arXiv:2104.09864); `learned` adds a
         learned vector for each of seq_length positions to the embedding.
     rope_base: for `rope`, base of the geometric series of its frequencies; larger bases reach further.
     activation: of the feed-forward network; `swiglu` has a gate and so a third matrix (arXiv:2002.05202);
         `gelu_tanh` is the approximation of `gelu` that GPT-2 uses.
-    bias: whether linear layers add one. tie_embeddings: whether the output projection is the embedding.
-    init_std: standard deviation of the normal initialisation; projections back into the residual stream
-        use init_std / sqrt(2 * num_layers), as GPT-2 does.
+    bias: whether linear layers have biases.
+    tie_embeddings: whether the output projection is the embedding.
+    init_std: standard deviation of the normal initialisation; projections back into the residual stream use
+        init_std / sqrt(2 * num_layers), as GPT-2 does.
     vocab_multiple: the vocabulary is padded to a multiple of this, under every layout alike, so that tensor
-        parallelism can cut it; what is padded is never predicted.
+        parallelism can cut it; padding is never predicted.
     """
 
     name: str
@@ -90,7 +96,7 @@ class Model:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Rows of the embedding: `vocab_size` rounded up to a multiple of vocab_multiple."""
+        """Return the rows of the embedding: `vocab_size` rounded up to a multiple of vocab_multiple."""
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
@@ -115,15 +121,15 @@ class Tokenizer:
 
 @dataclass(frozen=True, config=STRICT)
 class Parallel:
-    """Degrees of model parallelism; data parallelism is what is left of the world size.
+    """Degrees of model parallelism; data parallelism is the rest of the world size.
 
     tensor: ranks that share each layer (Shoeybi et al. 2019, arXiv:1909.08053).
-    sequence: cut norms and residuals along the sequence over the tensor ranks (arXiv:2205.05198).
+    sequence: partition norms and residuals along the sequence over the tensor ranks (arXiv:2205.05198).
     pipeline: ranks that share the stack of layers, as stages (Narayanan et al. 2021, arXiv:2104.04473).
     virtual_pipeline: chunks of layers per stage, interleaved; 1 means one chunk and the 1F1B schedule.
-    first_stage_layers, last_stage_layers: layers on that stage; None means an even share.
+    first_stage_layers, last_stage_layers: layers on that stage; None means as many as on the others.
     embedding_as_layer, loss_as_layer: count the embedding, the output projection as a layer when layers are
-        shared out, so that the first, the last stage gets one less.
+        divided among stages, so that the first, the last stage gets one less.
     """
 
     tensor: PositiveInt = 1
@@ -151,11 +157,11 @@ class Recompute:
 
 @dataclass(frozen=True, config=STRICT)
 class Zero:
-    """What is partitioned over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
+    """Partitioning over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-    stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters.
+    stage: 0 partitions nothing, 1 optimizer states, 2 gradients too, 3 parameters too.
     bucket_size: elements per gradient reduction (and, for stage 3, per prefetch).
-    overlap_comm: reduce gradients while the backward pass goes on.
+    overlap_comm: reduce gradients while the backward pass continues.
     persistence_threshold: stage 3 keeps parameters of at most this many elements unpartitioned.
     offload_optimizer: keep optimizer states and fp32 weights in host memory (stages 1 to 3).
     """
@@ -169,10 +175,11 @@ class Zero:
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
-    """What updates the weights; norms and biases are never decayed.
+    """The update of the weights; norms and biases are never decayed.
 
-    kind: which of `distllm/optimizers`; `adamw` is Loshchilov & Hutter 2019, arXiv:1711.05101.
-    lr: peak learning rate. weight_decay: a step shrinks the weights by lr times this share.
+    kind: one of `distllm/optimizers`; `adamw` is Loshchilov & Hutter 2019, arXiv:1711.05101.
+    lr: peak learning rate.
+    weight_decay: a step shrinks the weights by lr times this factor.
     betas: decay of the means of the gradient and of its square, per step.
     epsilon: added to the root of the mean square.
     clip_grad: largest global gradient norm; 0 means no clipping.
@@ -188,9 +195,9 @@ class Optimizer:
 
 @dataclass(frozen=True, config=STRICT)
 class Objective:
-    """What is trained for.
+    """The training objective.
 
-    kind: which of `distllm/objectives`; `pretrain` is the cross-entropy of the next token.
+    kind: one of `distllm/objectives`; `pretrain` is the cross-entropy of the next token.
     """
 
     kind: Annotated[str, OBJECTIVES.choice()] = "pretrain"
@@ -200,8 +207,8 @@ class Objective:
 class Schedule:
     """Learning rate as a function of the step.
 
-    kind: what follows the warm-up: `cosine` falls along half a cosine; `wsd` stays, and falls linearly at the
-        end; `constant` stays.
+    kind: shape after the warm-up: `cosine` falls along half a cosine; `wsd` is constant, and falls linearly
+        at the end; `constant` is constant.
     warmup_steps: linear rise from 0 to `optimizer.lr`.
     decay_steps: `cosine`: steps after warm-up until min_lr (None: the rest of the run); `wsd`: length of the
         final linear decay (None: a tenth of the run); `constant`: None.
@@ -216,13 +223,15 @@ class Schedule:
 
 @dataclass(frozen=True, config=STRICT)
 class Train:
-    """steps: optimizer updates in all. global_batch_size: sequences per update.
+    """Length, batch, numerics and validation of training.
 
+    steps: optimizer updates in all.
+    global_batch_size: sequences per update.
     micro_batch_size: sequences per rank in one forward pass.
-    seed: of the initial weights, the order of the data and the samples of text.
+    seed: of the initial weights, the order of the data and generated text.
     precision: `bf16` computes in bfloat16 and keeps fp32 master weights and moments.
     gradient_accumulation: type in which gradients of microbatches are summed and reduced.
-    compile: what a layer does between its matrix products is compiled for the steps of training. That takes
+    compile: whether training steps compile the operations of a layer between its matrix products. That takes
         ten seconds at the first start on a machine, then two, and needs Triton, or on a CPU a C++ compiler.
     validation_interval: steps between validations; 0 means never.
     validation_sequences: sequences in one validation, or all there are if they are fewer.
@@ -239,20 +248,22 @@ class Train:
     compile: bool
     validation_interval: NonNegativeInt
     validation_sequences: PositiveInt
-    # A number alone is refused by the rule, which tells what to write.
+    # The rule rejects a number alone, and says what to write.
     profile: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None
 
 
 @dataclass(frozen=True, config=STRICT)
 class Checkpoint:
-    """interval: steps between saves, 0 means never (not even at the end). keep: how many of the newest stay.
+    """Saving and resuming.
 
-    keep_every: checkpoints of every so many steps stay for good; 0 means none.
+    interval: steps between saves, 0 means never (not even at the end).
+    keep: number of newest checkpoints that stay.
+    keep_every: checkpoints of every so many steps are never removed; 0 means none.
     async_save: training stands still only for the copy to host memory, which takes as many bytes there as the
-        rank writes; the write goes on in the background.
+        rank writes; the write continues in the background.
     timeout_seconds: within which the slowest rank must have written its part after the fastest.
-    resume: `auto` takes the newest checkpoint of `run.dir`, `never` refuses a `run.dir` that holds one, a
-        path starts from that checkpoint folder.
+    resume: `auto` takes the newest checkpoint of `run.dir`, `never` fails if `run.dir` holds one, a path
+        starts from that checkpoint folder.
     """
 
     interval: NonNegativeInt
@@ -265,22 +276,24 @@ class Checkpoint:
 
 @dataclass(frozen=True, config=STRICT)
 class Fault:
-    """hang_seconds: a collective that takes longer ends the job.
+    """Reactions to hangs, bad steps and lost nodes.
 
     A step whose loss or gradients are not finite is tried again once, and then its samples are skipped. A
     spike is a loss or a gradient norm beyond median + spike_threshold robust standard deviations of the last
     spike_window steps (once there are as many).
 
-    spike_window: steps before a step that tell what is usual.
+    hang_seconds: a collective that takes longer ends the job.
+    spike_window: preceding steps that define the usual range.
     spike_threshold: robust standard deviations above their median from which on it is a spike.
-    spike_action: `skip` leaves out the samples of the step; `rewind` goes back to the last checkpoint first;
-        `off` lets spikes pass.
-    max_refused_steps: in a row, before the job gives up. max_rewinds: in one start of the job.
-    grace_seconds: between the signal that asks to stop (SIGTERM, SIGUSR1) and the end of patience.
-    replan: where the layout is not legal on as many ranks as there are, as after the loss of a node, take the
-        nearest legal one with the same global batch instead of a refusal. null: as launch/torchrun.sh says,
+    spike_action: `skip` leaves out the samples of the step; `rewind` first returns to the last checkpoint;
+        `off` ignores spikes.
+    max_refused_steps: refused steps in a row at which the job gives up.
+    max_rewinds: rewinds in one start of the job, after which it gives up.
+    grace_seconds: time to stop after a signal (SIGTERM, SIGUSR1) before the job is ended.
+    replan: where the layout is not legal on the given number of ranks, as after the loss of a node, take the
+        nearest legal one with the same global batch instead of an error. null: as launch/torchrun.sh says,
         which asks for it when the number of nodes may vary (DISTLLM_ELASTIC=1).
-    replanned: what was changed so and why; written, not to be set.
+    replanned: the changes of such a layout and why; written by distllm, not to be set.
     inject: faults for tests, each KIND:KEY=VALUE,... (see trainer/inject.py).
     """
 
@@ -298,12 +311,15 @@ class Fault:
 
 @dataclass(frozen=True, config=STRICT)
 class Logging:
-    """progress: `bar` for terminals, `lines` for files, `auto` decides by what standard error is.
+    """Display and records of training.
 
+    progress: `bar` for terminals, `lines` for files, `auto` chooses by the type of standard error.
     interval: steps between two plain lines.
     tensorboard: write event files into the run directory.
-    wandb: log to Weights & Biases too. wandb_project: under which name there.
-    sample_prompt: what the text sample at the end continues. sample_tokens: its length; 0 means no sample.
+    wandb: log to Weights & Biases too.
+    wandb_project: name of the project there.
+    sample_prompt: text that is completed at the end of training.
+    sample_tokens: length of the completion; 0 means none.
     """
 
     progress: Literal["auto", "bar", "lines", "none"]
@@ -319,7 +335,7 @@ class Logging:
 class Config:
     """A whole job. Built only by `compose.py`, equal on every rank.
 
-    import_: users write `import`, which is a word of Python; `compose.to_plain` writes it too.
+    import_: users write `import`, which is a keyword of Python; `compose.to_plain` writes it too.
     """
 
     run: Run

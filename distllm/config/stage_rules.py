@@ -1,7 +1,7 @@
-"""The rules of stages: what pipeline parallelism, chunks and recomputing demand of the number of layers.
+"""The rules of stages: what pipeline parallelism, chunks and recomputation require of the number of layers.
 
 Those of Megatron Core 0.16.1 (`TransformerConfig.__post_init__`, `get_num_layers_to_build`), and two of ours:
-settings that it would ignore are refused, and so are chunks without a layer, which it builds.
+settings that it would ignore raise an error, and so do chunks without a layer, which it builds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def layers_fill_the_stages(config: Config, _: int) -> Iterator[Problem]:
 
 
 def _uneven(config: Config, setting: str, value: int) -> Problem:
-    """The other stages cannot share what the first or last stage leaves."""
+    """Report that the other stages cannot divide evenly what the first or last stage leaves."""
     shared, stages = even_share(config.model.num_layers, config.parallel)
     options = [n for n in range(1, shared + value + 1) if _share(shared + value - n, stages)]
     nearest = min(options, key=lambda n: abs(n - value), default=None)
@@ -56,7 +56,7 @@ def _uneven(config: Config, setting: str, value: int) -> Problem:
 
 
 def _even(config: Config) -> Problem:
-    """Equal stages do not come out."""
+    """Report that the layers cannot be divided into equal stages."""
     parallel, num_layers = config.parallel, config.model.num_layers
     pipeline = parallel.pipeline
     shared, _ = even_share(num_layers, parallel)
@@ -88,7 +88,12 @@ def chunks_fill_the_stages(config: Config, _: int) -> Iterator[Problem]:
     if chunks > 1 and parallel.pipeline == 2 and parallel.first_stage_layers and parallel.last_stage_layers:
         # get_transformer_layer_offset divides by the number of stages in between.
         rule = "cannot be interleaved when both of 2 stages have their layers set (Megatron Core 0.16.1)"
-        yield Problem(setting, chunks, rule, "parallel.last_stage_layers=null: they are what is left")
+        yield Problem(
+            setting,
+            chunks,
+            rule,
+            "parallel.last_stage_layers=null: the last stage then gets the remaining layers",
+        )
     counted = counted_layers_per_stage(config.model.num_layers, parallel)
     common = math.gcd(*counted)
     if common % chunks:
@@ -120,18 +125,18 @@ def recomputed_layers_exist(config: Config, _: int) -> Iterator[Problem]:
 
 
 def _is_contradictory(parallel: Parallel) -> bool:
-    """Settings of which `uneven_settings_have_stages` speaks."""
+    """Return whether `uneven_settings_have_stages` reports the settings."""
     placed = parallel.first_stage_layers is not None or parallel.last_stage_layers is not None
     counted = parallel.embedding_as_layer or parallel.loss_as_layer
     return (placed and counted) or (parallel.pipeline == 1 and (placed or counted))
 
 
 def _layers_are_placed(config: Config) -> bool:
-    """Whether every stage has its number of layers, before they are divided into chunks."""
+    """Return whether every stage has a number of layers, before they are divided into chunks."""
     parallel = config.parallel
     return not _is_contradictory(parallel) and _share(*even_share(config.model.num_layers, parallel))
 
 
 def _share(layers: int, stages: int) -> bool:
-    """Whether `stages` stages can hold `layers` layers, all as many and at least one."""
+    """Return whether `stages` stages can hold `layers` layers, all as many and at least one."""
     return layers == 0 if stages == 0 else layers > 0 and layers % stages == 0

@@ -1,6 +1,6 @@
-"""How layers and microbatches are dealt to pipeline stages, by Megatron Core 0.16.1's rules. Pure.
+"""Divide layers and microbatches among pipeline stages, by Megatron Core 0.16.1's rules. Pure.
 
-The functions answer for legal layouts; `layout_rules.py` says which are.
+The functions are defined for legal layouts; `layout_rules.py` checks them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from distllm.config.schema import Parallel
 
 
 def even_share(num_layers: int, parallel: Parallel) -> tuple[int, int]:
-    """Layers that are shared out evenly, and the number of stages that share them.
+    """Return the layers that are divided evenly, and the number of stages that share them.
 
     The embedding and the output projection are among the layers where they count as such.
     """
@@ -21,7 +21,7 @@ def even_share(num_layers: int, parallel: Parallel) -> tuple[int, int]:
 
 
 def counted_layers_per_stage(num_layers: int, parallel: Parallel) -> list[int]:
-    """[pipeline]: layers of each stage, with the embedding and the output projection where they count."""
+    """Return [pipeline]: layers of each stage, with the embedding and output projection where they count."""
     shared, stages = even_share(num_layers, parallel)
     counted = [shared // max(stages, 1)] * parallel.pipeline
     counted[0] = parallel.first_stage_layers or counted[0]
@@ -30,7 +30,7 @@ def counted_layers_per_stage(num_layers: int, parallel: Parallel) -> list[int]:
 
 
 def layers_per_chunk(num_layers: int, parallel: Parallel) -> list[list[int]]:
-    """[virtual_pipeline][pipeline]: transformer layers of each chunk, in the order in which data meets them.
+    """Return [virtual_pipeline][pipeline]: transformer layers of each chunk, in the order of the data flow.
 
     Megatron Core: `get_num_layers_to_build` in transformer/transformer_block.py.
     """
@@ -42,11 +42,11 @@ def layers_per_chunk(num_layers: int, parallel: Parallel) -> list[list[int]]:
 
 
 def microbatch_group_size(num_microbatches: int, pipeline: int) -> int:
-    """Microbatches that a chunk takes in a row before the stage turns to its next chunk.
+    """Return the microbatches that a chunk takes in a row before the stage switches to its next chunk.
 
     Megatron Core's `microbatch_group_size_per_vp_stage`, whose default is `pipeline`. Its interleaved
-    schedule (pipeline_parallel/schedules.py) wants at least `pipeline` in every group, the last one too; this
-    is the smallest size that does it, as a larger one keeps more activations. It exists for every number of
+    schedule (pipeline_parallel/schedules.py) needs at least `pipeline` in every group, the last one too; this
+    is the smallest such size, as a larger one keeps more activations. It exists for every number of
     microbatches from `pipeline` on.
     """
     assert num_microbatches >= pipeline, f"{num_microbatches} microbatches cannot fill {pipeline} stages"
@@ -68,13 +68,16 @@ class Stage:
 
 
 def pipeline_stages(num_layers: int, parallel: Parallel) -> list[Stage]:
-    """[pipeline] stages of a legal layout. Data meets the first chunk of all stages, then the second, ..."""
+    """Return the [pipeline] stages of a legal layout.
+
+    Data passes the first chunk of all stages, then the second, ...
+    """
     chunks: list[list[range]] = [[] for _ in range(parallel.pipeline)]
     next_layer = 0
     for row in layers_per_chunk(num_layers, parallel):
         for stage, size in enumerate(row):
             chunks[stage].append(range(next_layer, next_layer + size))
             next_layer += size
-    assert next_layer == num_layers, f"{next_layer} layers were dealt out, the model has {num_layers}"
+    assert next_layer == num_layers, f"{next_layer} layers were assigned, the model has {num_layers}"
     last = parallel.pipeline - 1
     return [Stage(tuple(held), stage == 0, stage == last) for stage, held in enumerate(chunks)]

@@ -1,4 +1,4 @@
-"""`-m`: every combination of the swept values as a job of its own, one after another."""
+"""Run `-m`: every combination of the swept values as a job of its own, one after another."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SEVERITY = {0: 0, EXIT_PREEMPTED: 1, EXIT_USER_ERROR: 2}
 
 
 def run(request: compose.Request) -> int:
-    """Run the jobs of a sweep, each in a fresh process; returns the worst exit code of them.
+    """Run the jobs of a sweep, each in a fresh process; return the worst exit code of them.
 
-    A fresh process, because what torch.distributed, Megatron Core and DeepSpeed keep per process must not
-    pass from one job to the next. Nothing starts before all jobs are known to be sound.
+    A fresh process, because state that torch.distributed, Megatron Core and DeepSpeed keep per process must
+    not pass from one job to the next. Nothing starts before all jobs are known to be valid.
     """
     verb = request.verb
     if verb.no_sweep:
@@ -54,7 +54,7 @@ def run(request: compose.Request) -> int:
         if codes[-1]:
             print(f"job {number + 1} of {len(jobs)}: exit code {codes[-1]}", file=sys.stderr, flush=True)
         if codes[-1] == EXIT_PREEMPTED:
-            break  # the machine is wanted back; the same command goes on from here
+            break  # pre-empted; the same command resumes here
     return max(codes, key=lambda code: SEVERITY.get(code, len(SEVERITY)))
 
 
@@ -80,7 +80,7 @@ def _overrides(jobs: list[tuple[tuple[str, ...], str]]) -> list[list[str]]:
 
 
 def _folders(jobs: list[tuple[tuple[str, ...], str]]) -> list[str]:
-    """A folder per job, named by what is swept where that makes names short and distinct, else by number."""
+    """Return a folder per job, named by its swept values if these are short and distinct, else by number."""
     names = [re.sub(r"[^\w.=,+-]", "_", swept) for _, swept in jobs]
     readable = len(set(names)) == len(names) and all(0 < len(name) <= 120 for name in names)
     return names if readable else [str(number) for number in range(len(jobs))]
@@ -88,7 +88,8 @@ def _folders(jobs: list[tuple[tuple[str, ...], str]]) -> list[str]:
 
 def _run_process(command: list[str]) -> int:
     process = subprocess.Popen(command)
-    # A pre-empted sweep must let its job save: SIGTERM is for the job, whose exit code then ends the sweep.
+    # A pre-empted sweep must let its job save: SIGTERM is passed to the job, whose exit code then ends the
+    # sweep.
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         code = process.wait()

@@ -1,7 +1,7 @@
-"""Configs as earlier versions stored them, in the words of this one. Pure.
+"""Convert configs that earlier versions stored to the present schema. Pure.
 
 A setting that is added to the schema has a default that means "as before", so most changes need nothing here.
-What does is written as one step from a format version of checkpoints to the next.
+The others are written as one step from a format version of checkpoints to the next.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PlainConfig = dict[str, dict[str, Any]]
 
 
 def _from_3(config: PlainConfig) -> PlainConfig:
-    """Families, optimizers and objectives have names; there was one of each but for the family."""
+    """Name families, optimizers and objectives; there was one of each but for the family."""
     model, optimizer = config.get("model", {}), config.get("optimizer", {})
     family = "gpt2" if model.get("normalization") == "layernorm" else "llama"
     return config | {
@@ -28,7 +28,7 @@ STEPS: dict[int, Callable[[PlainConfig], PlainConfig]] = {3: _from_3}
 
 
 def upgraded(config: PlainConfig, format_version: int) -> PlainConfig:
-    """The config of a checkpoint of `format_version`, as a checkpoint of this version would hold it."""
+    """Return the config of a checkpoint of `format_version`, as a checkpoint of this version has it."""
     while format_version in STEPS:
         config = STEPS[format_version](config)
         format_version += 1

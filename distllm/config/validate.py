@@ -1,4 +1,4 @@
-"""Plain values -> `Config`, or every reason why not: the schema's and the rules', in one `UserError`."""
+"""Turn plain values into a `Config`, or report every problem of schema and rules in one `UserError`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distllm.config.schema import Config
 from distllm.config.verbs import Verb
 
 ADAPTER = TypeAdapter(Config)
-# A section as users write it -> its field; they differ where the section is a word of Python.
+# A section as users write it -> its field; they differ where the section is a keyword of Python.
 FIELDS = {field.removesuffix("_"): field for field in get_type_hints(Config)}
 SECTIONS: dict[str, Any] = {name: get_type_hints(Config)[field] for name, field in FIELDS.items()}
 SETTINGS: dict[str, Any] = {
@@ -35,16 +35,16 @@ def job(
     verb: Verb,
     world_size: int,
 ) -> Config:
-    """The `Config` of a job that is about to run here.
+    """Return the `Config` of a job that is about to run here.
 
     problems: those already found while `values` were composed. defaults: values of the job without overrides,
-    which serve as examples of what to write.
+        which serve as examples of what to write.
     """
     config, found = _typed(values, {problem.setting for problem in problems}, defaults)
     if problems:
-        config = None  # with an override left out it is another job than the one that was asked for
+        config = None  # without an override it would not be the requested job
     problems = problems + found
-    # What a problem concerns is left out of the rules: they would only say the same again, or worse.
+    # Settings with problems are hidden from the rules, which would only repeat them, or mislead.
     known = config if config else _what_is_known(values, problems)
     problems += rules.check(known, world_size, verb.rules)
     problems += rules.check_environment(known, verb.environment_rules)
@@ -56,7 +56,7 @@ def job(
 
 
 def saved(values: Any) -> Config:
-    """The `Config` of a `config.yaml` that an earlier run wrote: only its types are looked at."""
+    """Return the `Config` of a `config.yaml` that an earlier run wrote: only its types are checked."""
     config, problems = _typed(values if isinstance(values, dict) else {}, set(), dict)
     if config is None:
         raise UserError(problems)
@@ -64,7 +64,7 @@ def saved(values: Any) -> Config:
 
 
 def unknown_settings(values: dict[str, Any]) -> list[Problem]:
-    """Names that the schema does not have, each with the nearest that it has."""
+    """Report names that the schema does not have, each with the nearest that it has."""
     problems = []
     for section, content in values.items():
         if section not in SECTIONS:
@@ -89,7 +89,7 @@ def _unknown(setting: str, value: object) -> Problem:
 def _typed(
     values: dict[str, Any], reported: set[str], defaults: Callable[[], dict[str, Any]]
 ) -> tuple[Config | None, list[Problem]]:
-    # Strict JSON is the right strictness: 1 is a float and a list a tuple, but 1e3 or true is no integer.
+    # Pydantic's strictness for JSON: 1 is a float and a list a tuple, but 1e3 or true is no integer.
     try:
         return ADAPTER.validate_json(json.dumps(values), by_alias=True, by_name=False), []
     except ValidationError as error:
@@ -148,7 +148,7 @@ def _options(annotation: Any) -> Iterator[Any]:
 
 
 def _what_is_known(values: dict[str, Any], problems: list[Problem]) -> Config:
-    """A stand-in with only the sound settings, so that the rules that read no others still have their say."""
+    """Return a stand-in with only the valid settings, so that rules that read no others still apply."""
     problematic = {problem.setting for problem in problems}
     sections = {}
     for section in SECTIONS:
@@ -156,7 +156,7 @@ def _what_is_known(values: dict[str, Any], problems: list[Problem]) -> Config:
         if section in problematic or not isinstance(content, dict):
             continue
         bad = {setting.split(".")[1] for setting in problematic if setting.startswith(f"{section}.")}
-        # What the schema makes a dataclass of (a mixture's sources) is still a dict here.
+        # Values that the schema turns into a dataclass (a mixture's sources) are still a dict here.
         sound = {str(k): v for k, v in content.items() if k not in bad and not _holds_dicts(v)}
         defaults = {f.name: f.default for f in dataclasses.fields(SECTIONS[section]) if f.name not in bad}
         sound = {k: v for k, v in defaults.items() if v is not dataclasses.MISSING} | sound

@@ -14,8 +14,10 @@ from distllm.config.data_schema import STRICT, NonNegativeFloat, NonNegativeInt,
 class Generate:
     """`distllm generate`: continue `prompt` from the newest checkpoint of `run.dir`.
 
-    prompt: text to continue. max_tokens: length of the continuation, if no document ends before.
-    temperature: 0 takes the likeliest token. top_k: sample among the k likeliest; 0 means among all.
+    prompt: text to continue.
+    max_tokens: length of the completion, unless a document ends before.
+    temperature: 0 takes the likeliest token.
+    top_k: sample among the k likeliest; 0 means among all.
     """
 
     prompt: str
@@ -26,11 +28,11 @@ class Generate:
 
 @dataclass(frozen=True, config=STRICT)
 class Select:
-    """`distllm checkpoint ACTION`: which checkpoints of `run.dir` it is about.
+    """`distllm checkpoint ACTION`: which checkpoints of `run.dir` to use.
 
-    step: `show` and `verify` look at the checkpoint of this step; None means the newest, and all.
+    step: `show` and `verify` read the checkpoint of this step; None means the newest, and all.
     against: `show` compares with this one, a step of the same run or the folder of a checkpoint.
-    dry_run: `prune` only says what it would remove.
+    dry_run: `prune` only reports what it would remove.
     """
 
     step: NonNegativeInt | None
@@ -57,10 +59,11 @@ class Bench:
 
 @dataclass(frozen=True, config=STRICT)
 class Export:
-    """`distllm export`: the newest checkpoint of `run.dir` as a Hugging Face folder.
+    """`distllm export`: write the newest checkpoint of `run.dir` as a Hugging Face folder.
 
-    path: the folder to make. dtype: of the weights; `bf16` rounds the fp32 weights of the checkpoint.
-    max_shard_bytes: largest file of weights; a tensor larger than this is a file by itself.
+    path: the folder to make.
+    dtype: of the weights; `bf16` rounds the fp32 weights of the checkpoint.
+    max_shard_bytes: largest file of weights; a tensor larger than this is alone in a file.
     """
 
     path: str | None

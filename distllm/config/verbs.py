@@ -1,7 +1,7 @@
-"""The table of verbs: what `distllm VERB` can be. A new verb is one file, and one entry here.
+"""The table of verbs of the command `distllm VERB`. A new verb is one file, and one entry here.
 
-A verb that does not belong to distllm registers itself: `register(Verb("mine", ..., module="my_module"))`, in
-a module that the environment variable DISTLLM_PLUGINS names (see `registry.py`).
+A verb outside of distllm registers itself: `register(Verb("mine", ..., module="my_module"))`, in a module
+that the environment variable DISTLLM_PLUGINS names (see `registry.py`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from distllm.config.problems import user_error
 
 @dataclass(frozen=True)
 class Verb:
-    """What the command line needs to know of a verb, before anything of it is imported.
+    """What the command line needs to know of a verb before its module is imported.
 
-    help: what it does, in a few words.
-    module: has `run(config: Config, request: Request) -> int`, which does it and returns the exit code.
-    actions: what it can do, where it can do several things: its first argument says which. None stands for no
-        such argument. ANY_WORD leaves it to the verb which words it takes.
-    bare_arguments: what is asked of one call and is no setting of the job; NAME=VALUE like an override.
-    rules, environment_rules: those that its config must keep. Each verb answers for the sections that it
-        uses: `generate` and `export` take the model from a checkpoint.
-    no_sweep: why `-m` is refused; None where every job of a sweep is a call of the verb.
+    help: its purpose, in a few words.
+    module: has `run(config: Config, request: Request) -> int`, which executes it and returns the exit code.
+    actions: values of its first argument, where it has several actions. None stands for no such argument.
+        ANY_WORD lets the verb check the word.
+    bare_arguments: arguments of one call that are not settings of the job; NAME=VALUE like an override.
+    rules, environment_rules: those that its config must keep. Each verb checks the sections that it uses:
+        `generate` and `export` take the model from a checkpoint.
+    no_sweep: why `-m` is not allowed; None where every job of a sweep is a call of the verb.
     usage: what may follow its name, for the help; ACTION stands for all actions.
-    on_refusal: `module:function`, called with the `UserError` that refuses the config and the request;
-        returns the config to take instead, or raises.
-    former_names: it still answers to them.
+    on_refusal: `module:function`, called with the `UserError` that rejects the config and the request;
+        returns the config to use instead, or raises.
+    former_names: names under which it can still be called.
     """
 
     name: str
@@ -67,17 +67,17 @@ _TABLE = (
     ),
     Verb(
         "check",
-        "say whether a job is legal on world_size=N ranks, and what it needs",
+        "check whether a job is legal on world_size=N ranks, and what it needs",
         "distllm.verbs.check",
         bare_arguments=("world_size",),
         rules=rules.JOB_RULES,
-        environment_rules=(rules.tokenizer_found,),  # all that it reads, for the size of the vocabulary
+        environment_rules=(rules.tokenizer_found,),  # reads only this, for the size of the vocabulary
         no_sweep="looks at one job at a time",
         on_refusal="distllm.verbs.check:refuse",
     ),
     Verb(
         "config",
-        "say what each setting means, what it may be and what it is",
+        "explain every setting: meaning, allowed values, present value",
         "distllm.verbs.config",
         actions=ANY_WORD,
         no_sweep="looks at one job at a time",
@@ -92,7 +92,7 @@ _TABLE = (
     ),
     Verb(
         "data",
-        "turn the documents of a job into token files; again resumes",
+        "turn the documents of a job into token files; the same command again resumes",
         "distllm.verbs.data",
         actions=(None, "merge"),
         bare_arguments=("shard",),
@@ -105,13 +105,13 @@ _TABLE = (
     ),
     Verb(
         "lineage",
-        "say what data went into a step; prove that each sequence came once",
+        "trace the data of a step; prove that each sequence came once",
         "distllm.verbs.lineage",
         bare_arguments=("step", "steps", "verify"),
         usage=("run.dir=DIR step=N|verify=true [overrides]",),
         former_names=("trace",),
     ),
-    Verb("report", "say what became of a run's time", "distllm.verbs.report"),
+    Verb("report", "account for a run's time", "distllm.verbs.report"),
     Verb(
         "generate",
         "continue a prompt from the newest checkpoint of a run",
@@ -147,7 +147,7 @@ _TABLE = (
         # Each is a module of distllm/bench.
         actions=("train", "layouts", "recompute", "checkpoint", "data", "startup"),
         rules=rules.JOB_RULES,
-        # Of its actions only `data` reads documents, and says itself what is missing.
+        # Of its actions only `data` reads documents, and itself reports missing ones.
         environment_rules=(rules.tokenizer_found, rules.bench_folder),
         usage=("ACTION [overrides]",),
     ),
@@ -156,12 +156,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in _TABLE}
 
 
 def register(verb: Verb) -> None:
-    """A name that is taken gets the new verb."""
+    """Add a verb; one of the same name is replaced."""
     VERBS[verb.name] = verb
 
 
 def find(name: str) -> Verb:
-    """The verb that is called `name`, or once was; a `UserError` where there is none."""
+    """Return the verb with this name or former name; a `UserError` where there is none."""
     if name in VERBS:
         return VERBS[name]
     for verb in VERBS.values():

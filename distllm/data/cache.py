@@ -1,4 +1,4 @@
-"""Folders that are built once, by one process while the others wait, and are seen only when whole."""
+"""Folders that are built once, by one process while the others wait, and are visible only when complete."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ MANIFEST = "manifest.json"
 def build_once(
     folder: Path, build: Callable[[Path], dict[str, Any]], report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The manifest of `folder`, which `build` fills and describes if it is not there yet.
+    """Return the manifest of `folder`; if the folder does not exist yet, `build` fills and describes it.
 
-    build: gets an empty folder beside `folder`; what it returns becomes manifest.json. Only then does the
-    folder get its name, so a process that is killed leaves nothing that a later one takes for a result.
+    build: gets an empty folder beside `folder`; what it returns becomes manifest.json. Only then is the
+        folder renamed to its final name, so a killed process leaves nothing that a later one takes for a
+        result.
     """
     manifest = folder / MANIFEST
     if not manifest.exists():
@@ -37,8 +38,8 @@ def build_once(
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
-    # Under the lock nobody else works here, so what lies here was left by a killed process. The host is in
-    # the name because some cluster file systems (Lustre with localflock) lock within one machine only.
+    # The lock excludes every other builder, so anything found here was left by a killed process. The host is
+    # in the name because some cluster file systems (Lustre with localflock) lock within one machine only.
     unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -65,7 +66,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def digest(content: bytes) -> str:
-    """32 hexadecimal digits."""
+    """Return a hash of `content` as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -81,7 +82,8 @@ def create_cache(cache: Path) -> None:
 
 @contextmanager
 def lock(file: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Held by one process at a time; the kernel frees it when that process ends, however it ends.
+    """Hold a lock that one process has at a time; the kernel frees it when that process ends, however it
+    ends.
 
     The file stays: if it were removed, two processes could hold locks on two files of this name.
     """

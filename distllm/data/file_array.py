@@ -1,8 +1,8 @@
 """Arrays in files, read piece by piece.
 
-With pread and not through a memory map: the page cache serves both alike, but a map answers a failing disk or
-a file server that went away with SIGBUS, which kills the process without a name. Here a failed read is tried
-again, and then named.
+They are read with pread and not through a memory map. The page cache serves both alike, but with a map a
+failing disk or a lost file server raises SIGBUS, which kills the process without a message. Here a failed
+read is retried, and then reported with its file.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class FileArray:
             os.close(self._descriptor)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Elements start to stop - 1; a copy."""
+        """Return a copy of elements start to stop - 1."""
         assert 0 <= start <= stop <= self._count, f"{start}:{stop} of {self._count} elements of {self.path}"
         values = np.empty(stop - start, self.dtype)
         self._fill(values.view(np.uint8).data, self._offset + start * self.dtype.itemsize)
         return values
 
     def at(self, index: int) -> int:
-        """One element."""
+        """Return one element."""
         return int(self.read(index, index + 1)[0])
 
     def _fill(self, buffer: memoryview, position: int) -> None:
@@ -67,10 +67,10 @@ class FileArray:
                 self._reopen()
 
     def _reopen(self) -> None:
-        """A file server that was restarted may know the file by its name only (ESTALE)."""
+        """Open the file again by its name: a restarted file server may reject the old handle (ESTALE)."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError:
-            return  # the next read tells
+            return  # the next read raises the error
         old, self._descriptor = self._descriptor, descriptor
         os.close(old)

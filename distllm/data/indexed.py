@@ -25,12 +25,12 @@ ITEMS_PER_SLICE = 1 << 20
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """The type that Megatron, too, stores the tokens of such a vocabulary in."""
+    """Return the type in which Megatron stores the tokens of a vocabulary of this size, and so do we."""
     return np.dtype("<u2" if vocab_size < SMALLEST_WIDE_VOCABULARY else "<i4")
 
 
 class TokenSums:
-    """What is known of tokens that passed by. digest: of all of them, whatever width they are stored in."""
+    """Running totals of the tokens written. digest: of all of them, whatever width they are stored in."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -59,7 +59,7 @@ class TokenWriter:
         self._type = token_type(vocab_size)
         self._tokens = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115  # `finish` closes it
         self._index = Path(f"{prefix}.idx").open("w+b")  # noqa: SIM115  # `finish` closes it
-        self._index.write(bytes(HEADER.size))  # it names numbers that `finish` knows; the lengths follow it
+        self._index.write(bytes(HEADER.size))  # holds numbers that only `finish` knows; the lengths follow it
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +78,7 @@ class TokenWriter:
         assert lengths.min(initial=1) > 0, "a document has its end-of-document token at least"
         assert lengths.sum() == len(tokens), "the tokens are those of the documents"
         self.sums.add(tokens)
-        # A wider token would be cut to the width of the file without a word.
+        # A wider token would be truncated silently to the width of the file.
         assert self.max_token < self.vocab_size, f"token {self.max_token} of {self.vocab_size}"
         self._tokens.write(np.ascontiguousarray(tokens, dtype=self._type).data)
         self._index.write(lengths.astype("<i4").data)
@@ -99,8 +99,10 @@ class TokenWriter:
             index.write(HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1))
 
     def _slices_of_lengths(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The lengths that were written, read again in parts, each with the byte where its first document
-        begins; leaves the index at its end, whatever is written meanwhile."""
+        """Read the written lengths again in parts, each with the byte where its first document begins.
+
+        Leaves the index at its end, whatever is written meanwhile.
+        """
         offset = 0
         for start in range(0, self.num_documents, ITEMS_PER_SLICE):
             self._index.seek(HEADER.size + 4 * start)

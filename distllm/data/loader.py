@@ -1,4 +1,4 @@
-"""What every data-parallel rank reads in every step: a pure function of seed, mixture and prepared data."""
+"""The samples that each data-parallel rank reads in a step: a function of seed, mixture and prepared data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from distllm.data.sequences import Samples, Sequences, gather
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """max_epochs: how often each sequence may be seen; None means without limit. limit_setting: what users
-    call that."""
+    """A source that training draws from.
+
+    max_epochs: how often each sequence may be seen; None means without limit.
+    limit_setting: the setting by which users choose that limit.
+    """
 
     sequences: Sequences
     order: Order
@@ -26,8 +29,12 @@ class TrainingSource:
 
 @dataclass(frozen=True)
 class Located:
-    """Where global samples lie: the source's name, how often its sequences were all seen before, and which of
-    its sequences it is. epochs, sequences: int64 [n]."""
+    """The places of global samples.
+
+    sources: the sources' names, one for each sample.
+    epochs: int64 [n], how often all of the source's sequences were seen before.
+    sequences: int64 [n], the number of each sequence within its source.
+    """
 
     sources: list[str]
     epochs: np.ndarray
@@ -36,7 +43,7 @@ class Located:
 
 @dataclass(frozen=True)
 class StepShape:
-    """How a step's samples are shared out. global_batch_size: of all ranks together."""
+    """How a step's samples are divided among ranks. global_batch_size: samples of all ranks together."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -53,10 +60,10 @@ class StepShape:
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
     def samples(self, first_sample: int, microbatch: int, dp_rank: int) -> range:
-        """Of one microbatch of the step that begins with `first_sample`; all numbers count from 0.
+        """Return the samples of one microbatch of the step that begins with `first_sample`; all count from 0.
 
         Over all ranks and microbatches the step reads range(first_sample, first_sample + global_batch_size),
-        each sample once, whatever dp_size is: so a run can go on with another number of ranks.
+        each sample once, whatever dp_size is: so a run can continue with another number of ranks.
         """
         assert 0 <= dp_rank < self.dp_size, f"data-parallel rank {dp_rank} of {self.dp_size}"
         assert 0 <= microbatch < self.num_microbatches, f"no microbatch {microbatch} in a step"
@@ -65,13 +72,13 @@ class StepShape:
 
 
 class TrainingData:
-    """The sources of a job, drawn from by its mixture. Global samples count on without end."""
+    """The sources of a job, drawn from by its mixture. Global samples are numbered without end."""
 
     def __init__(self, sources: Mapping[str, TrainingSource]) -> None:
         self.sources = sources
 
     def locate(self, samples: np.ndarray, blends: Sequence[Blend]) -> Located:
-        """Where global `samples`, int64 [n], lie. User error: a source would be seen too often."""
+        """Locate global `samples`, int64 [n]. User error: a source would be seen too often."""
         draws = draw(samples, blends)
         names = [draws.names[source] for source in draws.sources.tolist()]
         epochs, sequences = np.empty_like(samples), np.empty_like(samples)
@@ -86,13 +93,13 @@ class TrainingData:
         return Located(names, epochs, sequences)
 
     def read(self, samples: range, blends: Sequence[Blend]) -> Samples:
-        """The sequences of consecutive global samples, in order."""
+        """Read the sequences of consecutive global samples, in order."""
         return gather(self._rows(np.arange(samples.start, samples.stop, dtype=np.int64), blends))
 
     def microbatches(
         self, first_sample: int, blends: Sequence[Blend], dp_rank: int, shape: StepShape
     ) -> list[Samples]:
-        """What one data-parallel rank reads in the step that begins with `first_sample`."""
+        """Read the microbatches of one data-parallel rank in the step that begins with `first_sample`."""
         parts = [shape.samples(first_sample, number, dp_rank) for number in range(shape.num_microbatches)]
         rows = self._rows(np.concatenate([np.arange(part.start, part.stop) for part in parts]), blends)
         size = shape.micro_batch_size

@@ -30,8 +30,12 @@ class Blend:
 
 @dataclass(frozen=True)
 class Draws:
-    """names: of all sources that any blend has, sorted. sources: int64 [n], indices into names.
-    source_samples: int64 [n], how many samples of that source came before, over all blends."""
+    """The sources that samples are drawn from.
+
+    names: of all sources that any blend has, sorted.
+    sources: int64 [n], indices into names.
+    source_samples: int64 [n], how many samples of that source came before, over all blends.
+    """
 
     names: list[str]
     sources: np.ndarray
@@ -39,7 +43,7 @@ class Draws:
 
 
 def draw(samples: np.ndarray, blends: Sequence[Blend]) -> Draws:
-    """The sources of global `samples`, int64 [n]. blends: in order, the first from sample 0 on."""
+    """Draw the sources of global `samples`, int64 [n]. blends: in order, the first from sample 0 on."""
     assert [blend.first for blend in blends][:1] == [0], "the first blend begins with sample 0"
     names = sorted({name for blend in blends for name in blend.weights})
     sources = np.zeros(len(samples), np.int64)
@@ -66,7 +70,7 @@ def draw(samples: np.ndarray, blends: Sequence[Blend]) -> Draws:
 
 
 def counts_before(sample: int, blends: Sequence[Blend]) -> dict[str, int]:
-    """How many of the global samples 0 to sample - 1 each source gave."""
+    """Return how many of the global samples 0 to sample - 1 each source gave."""
     names = sorted({name for blend in blends for name in blend.weights})
     total = np.zeros(len(names), np.int64)
     ends = [*(blend.first for blend in blends[1:]), sample]
@@ -76,7 +80,7 @@ def counts_before(sample: int, blends: Sequence[Blend]) -> dict[str, int]:
 
 
 def _bounds(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
-    """uint64 [names + 1]: source i owns the points [bounds[i], bounds[i + 1]), in units of 2**-32."""
+    """Return uint64 [names + 1]: source i owns points [bounds[i], bounds[i + 1]), in units of 2**-32."""
     parts = [Fraction(weights.get(name, 0.0)) for name in names]  # exact: equal on every machine
     total = sum(parts)
     assert total > 0, f"one weight must be above 0: {weights}"
@@ -84,13 +88,13 @@ def _bounds(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
 
 
 def _counts(num_samples: int, bounds: np.ndarray) -> np.ndarray:
-    """int64 [sources]: what the first samples of a blend gave."""
+    """Return int64 [sources]: how many of the first `num_samples` samples of a blend each source gave."""
     below = _num_below(np.full(len(bounds), num_samples, np.uint64), bounds)
     return np.diff(below)
 
 
 def _num_below(positions: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """int64 [n]: how many of range(positions[i]) lie at points below bounds[i]. Both uint64 [n].
+    """Return int64 [n]: how many of range(positions[i]) lie at points below bounds[i]. Both uint64 [n].
 
     range(position) falls into blocks of 2**p numbers, one for each digit 1 of position: numbers that share
     the digits above p and take all values in the p below. Reversed, such a block is an even grid of 2**p
@@ -107,7 +111,7 @@ def _num_below(positions: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def _reversed(values: np.ndarray) -> np.ndarray:
-    """The 32 lowest binary digits of uint64 values, in reverse order."""
+    """Return the 32 lowest binary digits of uint64 values, in reverse order."""
     for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
         bits, kept = np.uint64(shift), np.uint64(mask)
         values = ((values >> bits) & kept) | ((values & kept) << bits)

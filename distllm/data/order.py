@@ -20,24 +20,24 @@ MASK_64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Order:
-    """What the order of one source's sequences hangs on: the job's seed and the source's name."""
+    """The inputs that determine the order of one source's sequences: the job's seed and the source's name."""
 
     seed: int
     name: str
     shuffle: bool = True
 
     def key(self, epoch: int) -> int:
-        """A hash of seed, name and epoch (both numbers below 2**32)."""
+        """Return a hash of seed, name and epoch (both numbers below 2**32)."""
         return xxhash.xxh3_64_intdigest(self.name.encode(), seed=(self.seed << 32 | epoch) & MASK_64)
 
 
 def permuted_index(position: int, size: int, key: int) -> int:
-    """Where the bijection on range(size) that `key` names sends `position`."""
+    """Return the image of `position` under the bijection on range(size) that `key` selects."""
     return int(permuted_indices(np.array([position]), size, key)[0])
 
 
 def permuted_indices(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """`permuted_index` of each position; int [n] to int64 [n]."""
+    """Apply `permuted_index` to each position; int [n] to int64 [n]."""
     assert size > 0, f"a bijection needs a range that is not empty, not range({size})"
     assert np.all((positions >= 0) & (positions < size)), f"positions must lie in range({size})"
     rows = math.isqrt(size - 1) + 1 if size > 1 else 1
@@ -52,7 +52,7 @@ def permuted_indices(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 def sequence_numbers(
     epochs: np.ndarray, positions: np.ndarray, num_sequences: int, order: Order
 ) -> np.ndarray:
-    """int64 [n]: which sequence stands at each position of each epoch; every epoch visits all of them."""
+    """Return int64 [n]: the sequence at each position of each epoch; every epoch visits all sequences."""
     if not order.shuffle:
         return positions
     sequences = np.empty_like(positions)
@@ -63,7 +63,7 @@ def sequence_numbers(
 
 
 def _feistel(values: np.ndarray, rows: int, columns: int, key: int) -> np.ndarray:
-    """A bijection on uint64 values below rows * columns, whatever `_mix` is."""
+    """Apply a bijection on uint64 values below rows * columns; it is one whatever `_mix` is."""
     row: np.ndarray = values // np.uint64(columns)
     column: np.ndarray = values % np.uint64(columns)
     for round_number in range(1, NUM_ROUNDS + 1):
@@ -76,7 +76,7 @@ def _feistel(values: np.ndarray, rows: int, columns: int, key: int) -> np.ndarra
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea & Flood 2014) on uint64, whose products wrap around on purpose."""
+    """Apply SplitMix64's finalizer (Steele, Lea & Flood 2014) to uint64; products wrap around on purpose."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -35,7 +35,10 @@ class Packing:
 
 
 def pack(document_offsets: np.ndarray, seq_length: int) -> Packing:
-    """document_offsets: int64 [documents + 1], first token of each document, and the end."""
+    """Pack documents into sequences.
+
+    document_offsets: int64 [documents + 1], first token of each document, and the end.
+    """
     window = seq_length + 1
     starts, lengths = _pieces(document_offsets, seq_length)
     num_of_length = np.bincount(lengths, minlength=window + 1)
@@ -64,8 +67,11 @@ def pack(document_offsets: np.ndarray, seq_length: int) -> Packing:
 
 
 def _pieces(document_offsets: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first token, length) of every piece, in order; pieces of one document share a token, the last label of
-    the one being the first input of the next, so that every token but a document's first is a label once."""
+    """Return (first token, length) of every piece, in order.
+
+    Pieces of one document share a token: the last label of one is the first input of the next, so that every
+    token but a document's first is a label once.
+    """
     document_lengths = np.diff(document_offsets)
     num_pieces = -(-np.maximum(document_lengths - 1, 0) // seq_length)
     documents = np.repeat(np.arange(len(document_lengths)), num_pieces)
@@ -76,8 +82,8 @@ def _pieces(document_offsets: np.ndarray, seq_length: int) -> tuple[np.ndarray, 
 
 
 def _best_fit_decreasing(num_of_length: np.ndarray, window: int) -> list[tuple[tuple[int, ...], int]]:
-    """[(lengths of the pieces of a sequence, number of such sequences)]."""
-    open_sequences: dict[int, Counter[tuple[int, ...]]] = {}  # by what they still take
+    """Return [(lengths of the pieces of a sequence, number of such sequences)]."""
+    open_sequences: dict[int, Counter[tuple[int, ...]]] = {}  # by the room that is left
     closed: Counter[tuple[int, ...]] = Counter()
     has_room = np.zeros(window + 1, bool)  # whether any open sequence still takes so many tokens
 
@@ -93,7 +99,8 @@ def _best_fit_decreasing(num_of_length: np.ndarray, window: int) -> list[tuple[t
         while left:
             free = _smallest(has_room, length)
             if free is None:
-                # New sequences, each filled as often as it goes: then it is the fullest that takes the next.
+                # New sequences, each filled with as many pieces as fit: then it is the fullest that takes the
+                # next.
                 times = min(window // length, left)
                 count = left // times
                 put((length,) * times, window - length * times, count)
@@ -117,6 +124,6 @@ def _best_fit_decreasing(num_of_length: np.ndarray, window: int) -> list[tuple[t
 
 
 def _smallest(has_room: np.ndarray, length: int) -> int | None:
-    """The least room of at least `length` tokens that a sequence has."""
+    """Return the least room of at least `length` tokens that a sequence has."""
     found = int(np.argmax(has_room[length:])) + length
     return found if has_room[found] else None

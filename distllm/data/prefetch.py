@@ -1,4 +1,4 @@
-"""Reads ahead what the next steps will most likely ask for."""
+"""Read ahead what the next steps will most likely ask for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 class Prefetcher(Generic[Request, Result]):
     """Answers requests as `read` does; those that `following` expects are read in the background.
 
-    What is read ahead is only ever used for the very request that it answers: after a skipped step, a rewind
-    or another mixture the answer is read then. So results do not depend on the depth. An error while reading
-    is raised by the request that it belongs to.
+    A result that was read ahead answers only the request that it was read for. After a skipped step, a rewind
+    or a change of the mixture the request differs and is read when it is made, so results do not depend on
+    the depth. An error while reading is raised by the request that it belongs to.
 
     depth: how many requests ahead; 0 reads when asked, in the caller's thread.
     """
@@ -37,12 +37,12 @@ class Prefetcher(Generic[Request, Result]):
     def get(self, request: Request) -> Result:
         if self._executor is None:
             return self._read(request)
-        wanted = [request, *islice(self._following(request), self._depth)]
+        to_read = [request, *islice(self._following(request), self._depth)]
         for ahead, future in self._pending:
-            if ahead not in wanted:
+            if ahead not in to_read:
                 future.cancel()
-        pending = [(ahead, future) for ahead, future in self._pending if ahead in wanted]
-        for ahead in wanted:
+        pending = [(ahead, future) for ahead, future in self._pending if ahead in to_read]
+        for ahead in to_read:
             if not any(ahead == known for known, _ in pending):
                 pending.append((ahead, self._executor.submit(self._read, ahead)))
         self._pending = [(ahead, future) for ahead, future in pending if ahead != request]

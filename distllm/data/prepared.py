@@ -1,4 +1,4 @@
-"""What preparation leaves: the token files of every source of a job, and what is known about them."""
+"""The result of preparation: the token files of every source of a job, and their description."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 class Split:
     """A range of the documents of one pair of token files.
 
-    prefix: of the files. num_tokens: with one end of document each. num_bytes: UTF-8 of the text, None where
-    the tokens are all that is known. max_token: the largest token id. first_document, first_token: where the
-    range begins in the files; only in files of another tool it is not 0.
+    prefix: of the files.
+    num_tokens: including one end-of-document token per document.
+    num_bytes: UTF-8 of the text, None where only the tokens are known.
+    max_token: the largest token id.
+    first_document, first_token: where the range begins in the files; not 0 only in files of another tool.
     """
 
     prefix: Path
@@ -26,9 +28,10 @@ class Split:
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """folder: of what was prepared; beside the token files it holds manifest.json, files.json and
-    quarantine.jsonl, and `train.origins` and `validation.origins`: where each document came from.
+    """One prepared source.
 
+    folder: of the prepared corpus; beside the token files it holds manifest.json, files.json and
+        quarantine.jsonl, and `train.origins` and `validation.origins`: where each document came from.
     fingerprint: hash of the tokens of both splits and of the size of the vocabulary.
     num_quarantined: rows and files that could not be used.
     """
@@ -43,8 +46,9 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """sources: by name, in the order of the config. vocab_size: tokens, special ones included.
+    """The prepared sources of a job.
 
+    sources: by name, in the order of the config. vocab_size: tokens, special ones included.
     end_of_document: token id.
     """
 

@@ -1,4 +1,4 @@
-"""What checkpoints and the ledger keep of a source: enough to find it again, and to say how it changed."""
+"""The record of a source in checkpoints and the ledger: enough to find it again and to say how it changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_NAMED = 5  # changed files that a message lists
 
 
 def to_record(source: PreparedSource, shuffle: bool, num_sequences: int) -> dict[str, Any]:
-    """As JSON values. The validation split is left out: it is no part of what was trained on."""
+    """Return the record as JSON values, without the validation split, which is not trained on."""
     return {
         "folder": str(source.folder),
         "fingerprint": source.fingerprint,
@@ -30,7 +30,7 @@ def from_record(name: str, record: Mapping[str, Any]) -> PreparedSource:
 
 
 def what_changed(before: Mapping[str, Any], now: PreparedSource) -> str:
-    """How a source differs from its record: by its input files where both lists are still there."""
+    """Describe how a source differs from its record: by its input files where both lists still exist."""
     old_files, new_files = _input_files(Path(before["folder"])), _input_files(now.folder)
     if old_files is not None and new_files is not None and old_files != new_files:
         changes = [f"{path} is gone" for path in sorted(old_files.keys() - new_files.keys())]
@@ -53,7 +53,7 @@ def what_changed(before: Mapping[str, Any], now: PreparedSource) -> str:
 
 
 def _input_files(folder: Path) -> dict[str, tuple[int, int | None]] | None:
-    """{path: (bytes, time of change)} of the files that a folder was prepared from; None if nobody knows."""
+    """Return {path: (bytes, time of change)} of the files that a folder was made from; None if unknown."""
     try:
         listed = json.loads((folder / "files.json").read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Training sequences of one split by their number: what tokens they hold, and of which documents."""
+"""Training sequences of one split by their number: the tokens they hold, and of which documents."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ FORMAT_VERSION = 1  # of packings in the cache
 class Samples:
     """Sequences as a model takes them; inputs are all tokens but the last, labels all but the first.
 
-    tokens: int64 [n, seq + 1]. loss_weights: float32 [n, seq] of the labels, 0 for padding and for a label
-    that its document does not lead to; None means that all count. document_starts: int32 [documents + 1],
-    where in the flattened [n * seq] inputs each document begins, and the end; None without a document mask.
+    tokens: int64 [n, seq + 1].
+    loss_weights: float32 [n, seq] of the labels, 0 for padding and for a label that its document does not
+        lead to; None means that all count.
+    document_starts: int32 [documents + 1], where in the flattened [n * seq] inputs each document begins, and
+        the end; None without a document mask.
     """
 
     tokens: np.ndarray
@@ -59,20 +61,20 @@ class Sequences(ABC):
 
     @abstractmethod
     def spans(self, sequence: int) -> list[Span]:
-        """What it holds, in order, padding left out; at most seq_length + 1 tokens."""
+        """Return the spans of a sequence, in order, without padding; at most seq_length + 1 tokens."""
 
     def document_spans(self, sequence: int) -> list[Span]:
-        """Its spans, cut where a document begins: each part lies within one document."""
+        """Return the spans of a sequence, cut where a document begins: each lies within one document."""
         return [part for span in self.spans(sequence) for part in self._cut(span)]
 
     def read(self, sequences: np.ndarray) -> Samples:
-        """sequences: [n] numbers below num_sequences."""
+        """Read sequences by their numbers. sequences: [n] numbers below num_sequences."""
         return gather([(self, sequence) for sequence in sequences.tolist()])
 
     def fill(self, sequence: int, tokens: np.ndarray, loss_weights: np.ndarray | None) -> list[int]:
         """Write a sequence into `tokens` [seq + 1] and `loss_weights` [seq], which are all padding and all 1.
 
-        Returns at which inputs documents begin; padding counts as a document of its own.
+        Returns the inputs at which documents begin; padding counts as a document of its own.
         """
         parts = self.document_spans(sequence) if self.document_mask else self.spans(sequence)
         begins, end = [], 0
@@ -83,7 +85,7 @@ class Sequences(ABC):
         if loss_weights is not None:
             loss_weights[end - 1 :] = 0  # labels from `end` on are padding
             if self.document_mask:
-                # What a document begins with follows from nothing within it.
+                # The first token of a document cannot be predicted from that document.
                 loss_weights[[begin - 1 for begin in begins[1:]]] = 0
         return [begin for begin in (*begins, end) if begin < self.seq_length]
 
@@ -94,8 +96,11 @@ class Sequences(ABC):
 
 
 class ChunkedSequences(Sequences):
-    """The stream of all documents, cut every seq_length tokens, across documents. Each sequence takes one
-    token more, the first of the next, as its last label. What is left at the end is not used."""
+    """The stream of all documents, cut every seq_length tokens, across documents.
+
+    Each sequence takes one more token, the first of the next, as its last label. A remainder at the end is
+    not used.
+    """
 
     holds_padding = False
 
@@ -132,7 +137,7 @@ class PackedSequences(Sequences):
 
 
 def gather(rows: list[tuple[Sequences, int]]) -> Samples:
-    """Sequences by number, each with the sequences that it is one of; all of one job, so of one shape."""
+    """Read sequences, each given with the `Sequences` that it belongs to; all of one job, so of one shape."""
     first = rows[0][0]
     tokens = np.full((len(rows), first.seq_length + 1), first.padding, np.int64)
     is_weighed = first.holds_padding or first.document_mask
@@ -154,9 +159,9 @@ def open_sequences(
     cache: Path,
     report: Callable[[str], None],
 ) -> Sequences:
-    """The sequences of a split of `source`; a packing comes from the cache, or is made now.
+    """Return the sequences of a split of `source`; a packing comes from the cache, or is made now.
 
-    User error: not one sequence.
+    User error: there is not one sequence.
     """
     stream = TokenStream(split.prefix, split.first_document, split.num_documents)
     sequences: Sequences

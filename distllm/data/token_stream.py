@@ -1,6 +1,6 @@
 """Reads token files in Megatron's indexed format, those that `indexed.py` writes and other tools' alike.
 
-Opening one costs the same for ten documents and for 10**11: nothing is read but the ends of its parts.
+Opening one costs the same for ten documents and for 10**11: only the ends of its parts are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NUM_READ_AHEAD = 512  # offsets of documents that are read at a time: 4 KiB
 
 
 class TokenStream:
-    """Documents `first_document` on of a finished pair of files, as one stream of tokens.
+    """The documents of a finished pair of files from `first_document` on, as one stream of tokens.
 
     Documents and tokens are counted from 0 at the beginning of the range.
     """
@@ -67,15 +67,15 @@ class TokenStream:
         self.num_tokens = int(self._file_offsets(self.num_documents, 1)[0]) - self._first_token
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, of the width of the file."""
+        """Return tokens start to stop - 1, in the file's integer type."""
         return self._tokens.read(self._first_token + start, self._first_token + stop)
 
     def offsets(self, first: int, count: int) -> np.ndarray:
-        """int64 [count]: the first tokens of documents first on; num_tokens for document num_documents."""
+        """Return int64 [count]: first tokens of documents first on; num_tokens for document num_documents."""
         return self._file_offsets(first, count) - self._first_token
 
     def document_at(self, token: int) -> int:
-        """The document that holds a token."""
+        """Return the document that holds a token."""
         assert 0 <= token < self.num_tokens, f"token {token} of {self.num_tokens}"
         low, high = 0, self.num_documents  # offset(low) <= token < offset(high)
         while high - low > 1:
@@ -87,7 +87,7 @@ class TokenStream:
         return low
 
     def starts_between(self, start: int, stop: int) -> np.ndarray:
-        """int64: the first tokens of documents that begin within start to stop - 1."""
+        """Return int64: the first tokens of documents that begin within start to stop - 1."""
         found = []
         document = self.document_at(start)
         while document < self.num_documents:
@@ -97,11 +97,11 @@ class TokenStream:
             if offsets[-1] >= stop:
                 break
             document += count
-        # Of documents without a token, which other tools may write, only the last of a place counts.
+        # Of documents without tokens, which other tools may write, only the last at a place counts.
         return np.unique(np.concatenate(found))
 
     def max_token(self) -> int:
-        """The largest token id, -1 without tokens; reads the whole range."""
+        """Return the largest token id, -1 without tokens; reads the whole range."""
         step = 1 << 24
         return max(
             (
@@ -112,7 +112,7 @@ class TokenStream:
         )
 
     def _file_offsets(self, first: int, count: int) -> np.ndarray:
-        """int64 [count]: the first tokens of documents, counted in the whole file."""
+        """Return int64 [count]: the first tokens of documents, counted in the whole file."""
         first += self._first_document
         sequences = self._boundaries.read(first, first + count)
         if not len(sequences) or sequences[-1] - sequences[0] != count - 1:
@@ -129,14 +129,16 @@ class TokenStream:
 
 
 def check_vocabulary(prefix: Path, max_token: int, vocab_size: int) -> None:
-    """User error if the tokenizer and the token file `prefix` do not belong together: ids beyond the
-    vocabulary, or a vocabulary beyond the ids that the file's token type can hold."""
+    """Check that the tokenizer and the token file `prefix` belong together.
+
+    User error: ids beyond the vocabulary, or a vocabulary beyond the ids that the file's token type can hold.
+    """
     if max_token >= vocab_size:
         raise user_error(
             "tokenizer.path",
             f"a vocabulary of {vocab_size}",
             f"must be the tokenizer that made {prefix}.bin, whose largest token id is {max_token}",
-            "name that tokenizer, or prepare the data anew with this one",
+            "name that tokenizer, or prepare the data again with this one",
         )
     token_type = TokenStream(prefix).token_type
     largest = int(np.iinfo(token_type).max)
@@ -145,9 +147,9 @@ def check_vocabulary(prefix: Path, max_token: int, vocab_size: int) -> None:
             "tokenizer.vocab_size",
             vocab_size,
             f"must fit the token type of {prefix}.bin, {token_type}: at most {largest + 1}",
-            "a smaller vocabulary, or remove the folder, and it is prepared anew",
+            "a smaller vocabulary, or remove the folder, and it is prepared again",
         )
 
 
 def _broken(file: Path, rule: str) -> UserError:
-    return user_error("data.cache", file, rule, "remove its folder, and it is prepared anew")
+    return user_error("data.cache", file, rule, "remove its folder, and it is prepared again")

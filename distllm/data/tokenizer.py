@@ -1,4 +1,4 @@
-"""Text to token ids and back; exact down to the byte for byte-level tokenizers."""
+"""Convert text to token ids and back; exact to the byte for byte-level tokenizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distllm.config.problems import user_error
 
 Item = TypeVar("Item")
 
-# The library spends some 100 bytes per token on what it returns, and gives each text to one thread. So long
+# The library's result takes some 100 bytes per token, and it encodes each text in one thread. So long
 # documents are encoded in parts (a corpus may be one file of gigabytes), and few parts at a time.
 CHARACTERS_PER_PART = 1 << 18
 CHARACTERS_PER_BATCH = 1 << 23
@@ -29,8 +29,8 @@ class TextTokenizer:
     vocab_size: largest token id + 1. end_of_document: id of the token that closes a document.
 
     Text that spells a special token ("<|endoftext|>") is encoded as ordinary text, and special tokens decode
-    to nothing. Byte-level tokenizers without a normalizer, such as those that we build, bring every byte
-    string back. Others (SentencePiece-like) give what their own decoder makes of the ids.
+    to nothing. Byte-level tokenizers without a normalizer, such as those that we build, reproduce every byte
+    string. Others (SentencePiece-like) return what their own decoder makes of the ids.
     """
 
     def __init__(self, library_tokenizer: Tokenizer, end_of_document: str) -> None:
@@ -48,7 +48,8 @@ class TextTokenizer:
             )
         self.end_of_document: int = vocabulary[end_of_document]
         library_tokenizer.encode_special_tokens = True  # tokenizer.json does not store it
-        # A published tokenizer.json may cut or pad every text to some length: documents would be damaged.
+        # A published tokenizer.json may truncate or pad every text to some length: documents would be
+        # damaged.
         library_tokenizer.no_truncation()
         library_tokenizer.no_padding()
         self._is_byte_level = "ByteLevel" in repr(library_tokenizer.decoder)
@@ -59,7 +60,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path, end_of_document: str) -> TextTokenizer:
-        """The tokenizer in `folder`/tokenizer.json. User errors: no such file, a broken one, no such token.
+        """Load `folder`/tokenizer.json. User errors: no such file, a broken one, no such token.
 
         end_of_document: text of the token that closes a document.
         """
@@ -93,7 +94,7 @@ class TextTokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Per text an int32 array [num_tokens], without special tokens; runs on all processor cores."""
+        """Return int32 [num_tokens] for each text, without special tokens; runs on all processor cores."""
         parts = [list(split_at_lines(text)) if self._is_byte_level else [text] for text in texts]
         encoded = []
         for batch in batched(chain.from_iterable(parts), len, CHARACTERS_PER_BATCH):
@@ -103,13 +104,13 @@ class TextTokenizer:
         return [np.concatenate(list(islice(remaining, len(parts_of_text)))) for parts_of_text in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         if self._is_byte_level:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         return self.library_tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def encode_bytes(self, content: bytes) -> list[int]:
-        """Token ids of any byte string: its UTF-8 spans as text, any other byte as the token of that byte.
+        """Return token ids of any byte string: UTF-8 spans as text, other bytes as the token of that byte.
 
         ValueError: the tokenizer has no token for a byte that is needed (never for those that we build).
         """
@@ -123,13 +124,13 @@ class TextTokenizer:
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of token ids; the inverse of `encode_bytes`."""
+        """Return the bytes of token ids; the inverse of `encode_bytes`."""
         if self._is_byte_level:
             return b"".join(self._bytes_of_id[token] for token in ids)
         return self.decode(ids).encode()
 
     def token_byte_lengths(self) -> np.ndarray:
-        """int32 [vocab_size]: bytes of UTF-8 that each token stands for; 0 for special tokens.
+        """Return int32 [vocab_size]: bytes of UTF-8 that each token stands for; 0 for special tokens.
 
         Exact for byte-level tokenizers; for others an estimate from the spelling, with "▁" as a space.
         """
@@ -143,7 +144,7 @@ class TextTokenizer:
 
     @cached_property
     def _bytes_of_id(self) -> list[bytes]:
-        # Not at the start: of a large vocabulary it takes a second, and those who only encode do not need it.
+        # Computed on first use: for a large vocabulary it takes a second, and encoding does not need it.
         byte_of_token = {token: bytes([byte]) for byte, token in enumerate(self._byte_tokens)}
         content = [b""] * self.vocab_size
         for token, token_id in self.library_tokenizer.get_vocab(with_added_tokens=True).items():
@@ -151,14 +152,14 @@ class TextTokenizer:
                 content[token_id] = b"".join(byte_of_token[character] for character in token)
             else:
                 content[token_id] = byte_of_token.get(token) or token.replace("▁", " ").encode()
-        # Tokens beside the model's own are spelled in plain text, not in the alphabet of bytes.
+        # Added tokens are spelled in plain text, not in the byte alphabet of the model's own.
         for token_id, added in self.library_tokenizer.get_added_tokens_decoder().items():
             content[token_id] = b"" if added.special else added.content.encode()
         return content
 
 
 def byte_alphabet() -> list[str]:
-    """[256]: the character by which a byte-level vocabulary spells each byte (Radford et al. 2019).
+    """Return [256]: the character by which a byte-level vocabulary spells each byte (Radford et al. 2019).
 
     Printable Latin-1 stands for itself; the other bytes follow in order from U+0100.
     """
@@ -168,10 +169,10 @@ def byte_alphabet() -> list[str]:
 
 
 def split_at_lines(text: str, characters: int = CHARACTERS_PER_PART) -> Iterator[str]:
-    """`text` in parts of at least `characters`, each but the last ending with a lone line break.
+    """Split `text` into parts of at least `characters`, each but the last ending with a lone line break.
 
-    Pre-tokenizers of the GPT family never join a lone "\\n" with what follows, so the parts encode to the
-    same tokens as the whole. After two line breaks that would not hold: GPT-2 tears them apart.
+    Pre-tokenizers of the GPT family never join a lone "\n" with what follows, so the parts encode to the same
+    tokens as the whole. After two line breaks that would not hold: GPT-2 splits between them.
     """
     lone_line_break = re.compile(r"(?<=\S)\n(?=\S)")
     start = 0
@@ -182,7 +183,7 @@ def split_at_lines(text: str, characters: int = CHARACTERS_PER_PART) -> Iterator
 
 
 def batched(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Lists of consecutive items, each closed as soon as its sizes sum to `limit` or more."""
+    """Yield lists of consecutive items, each closed as soon as its sizes sum to `limit` or more."""
     batch: list[Item] = []
     total = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""New tokenizers: a byte-level BPE trained on documents, and one token per byte."""
+"""Make new tokenizers: a byte-level BPE trained on documents, and one token per byte."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from distllm.config.problems import user_error
 from distllm.data.tokenizer import TextTokenizer, byte_alphabet
 
-# What a merge never crosses; the first alternative that fits wins. The idea is that of GPT-4's tokenizer.
+# Merges never cross the boundary of a match; the first alternative that fits wins. The idea is that of
+# GPT-4's tokenizer.
 PRE_TOKENS = "|".join(
     [
         r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",  # a word and the space or sign before it: " the", ".join"
@@ -25,7 +26,7 @@ PRE_TOKENS = "|".join(
 def train_bpe(
     texts: Iterator[str], vocab_size: int, special_tokens: Sequence[str], end_of_document: str
 ) -> TextTokenizer:
-    """A byte-level BPE of `vocab_size` tokens in all: 256 bytes, merges, `end_of_document`, `special_tokens`.
+    """Train a byte-level BPE of `vocab_size` tokens: 256 bytes, merges, `end_of_document`, `special_tokens`.
 
     The same texts in the same order give the same tokenizer. Few texts can give fewer tokens than asked: a
     merge needs a pair that occurs twice. User errors: vocab_size below 257 + len(special_tokens), a special
@@ -51,7 +52,7 @@ def train_bpe(
 
 
 def byte_tokenizer(special_tokens: Sequence[str], end_of_document: str) -> TextTokenizer:
-    """Byte b is token b, `end_of_document` is token 256, `special_tokens` follow.
+    """Build a tokenizer where byte b is token b, `end_of_document` is token 256, `special_tokens` follow.
 
     User errors: a special token listed twice, or of one character.
     """

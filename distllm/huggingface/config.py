@@ -1,4 +1,4 @@
-"""Our model settings and Hugging Face's `config.json`: which models both can say, and how. Pure."""
+"""Convert between our model settings and Hugging Face's `config.json`, for models that both support. Pure."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
 def forms() -> dict[str, HuggingFaceForm]:
-    """Family -> its form, of those that have one."""
+    """Return {family: its form}, of the families that have one."""
     return {name: FAMILIES[name].huggingface for name in FAMILIES if FAMILIES[name].huggingface}
 
 
 def form_of(model: Model) -> HuggingFaceForm:
-    """Of a model whose family has one: see `as_exported`."""
+    """Return the form of a model whose family has one: see `as_exported`."""
     form: HuggingFaceForm = FAMILIES[model.family].huggingface
     return form
 
 
 def as_exported(model: Model) -> Model:
-    """The same model, as a member of a family that transformers can say it in: its own, or the nearest.
+    """Return the same model in a family that transformers supports: its own, or the nearest.
 
-    User error: with all that keeps it from the nearest one.
+    User error: everything that the nearest family cannot express.
     """
     found = {name: list(form.problems(model)) for name, form in forms().items()}
     # Of equally near ones its own, then the first of the table.
@@ -44,7 +44,9 @@ def as_exported(model: Model) -> Model:
 
 
 def to_their_config(model: Model, *, vocab_size: int, end_of_document: int, dtype: str) -> dict[str, Any]:
-    """`config.json` of transformers 4 and 5. end_of_document: token id; it opens a text as well as closes it.
+    """Return `config.json` for transformers 4 and 5.
+
+    end_of_document: token id; it begins a text as well as it ends one.
 
     transformers 4 reads torch_dtype, 5 reads dtype.
     """
@@ -64,9 +66,9 @@ def to_their_config(model: Model, *, vocab_size: int, end_of_document: int, dtyp
 
 
 def from_their_config(raw: Mapping[str, Any], *, name: str, vocab_multiple: int) -> Model:
-    """The model that a `config.json` describes; a user error with all that ours cannot be.
+    """Return the model that a `config.json` describes; a user error lists all that ours does not support.
 
-    name, vocab_multiple: the settings of ours that the file does not know.
+    name, vocab_multiple: settings of ours that the file does not have.
     """
     family = _family(raw)
     form = forms()[family]
@@ -81,12 +83,12 @@ def from_their_config(raw: Mapping[str, Any], *, name: str, vocab_multiple: int)
     if problems:
         raise _refusal(problems)
     if model.head_dim is not None and model.head_dim * model.num_attention_heads == model.hidden_size:
-        model = dataclasses.replace(model, head_dim=None)  # as our configurations say it
+        model = dataclasses.replace(model, head_dim=None)  # as our configurations write it
     return model
 
 
 def dropouts(raw: Mapping[str, Any]) -> list[str]:
-    """Dropout that the file asks for in training; ours trains without, and the model is the same."""
+    """List the file's dropout settings. Ours trains without dropout, and the model is otherwise the same."""
     return [f"{key}={raw[key]}" for key in DROPOUTS if raw.get(key)]
 
 

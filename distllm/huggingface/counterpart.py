@@ -1,4 +1,4 @@
-"""Our tensors and Hugging Face's, name by name: what each of ours is called there, and how its rows lie."""
+"""Map our tensors to Hugging Face's, name by name, with the order of their rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from distllm.model.parameters import parameters_of
 class Counterpart:
     """One tensor of ours and the tensors that hold the same weights there.
 
-    their_names: in the order of their rows. is_transposed: theirs are [in, out]. vocab_size: tokens; our
-    vocabulary tables have padding below them, theirs have none.
+    their_names: in the order of their rows.
+    is_transposed: theirs are [in, out].
+    vocab_size: tokens; our vocabulary tables have padding below them, theirs have none.
     """
 
     parameter: Parameter
@@ -41,7 +42,7 @@ class Counterpart:
 
     @property
     def shape(self) -> Shape:
-        """[rows, ...]: stacked projections below each other."""
+        """Return [rows, ...]: stacked projections below each other."""
         return self.parameter.module_shape({self.parameter.cut_axis: 1})
 
     @cached_property
@@ -52,13 +53,13 @@ class Counterpart:
         return dict(zip(self.their_names, shapes, strict=True))
 
     def fragment(self, weight: Tensor) -> Fragment:
-        """`weight`, contiguous, as the one piece of this parameter."""
+        """Return `weight`, contiguous, as the one piece of this parameter."""
         shape = self.global_shape
         place = Place(self.name, shape, shape, (0,) * len(shape), primary=True)
         return Fragment(place, 0, weight.numel(), {"weight": weight.view(-1)}, writer=True)
 
     def export_tensors(self, weight: Tensor) -> dict[str, Tensor]:
-        """`weight` in either of our shapes -> {their name: tensor of its own memory}."""
+        """Return {their name: tensor of its own memory} from `weight` in either of our shapes."""
         rows = weight.reshape(self.shape)
         if self.parameter.rows == "query key value":
             rows = split_qkv(rows, self.model)
@@ -73,7 +74,7 @@ class Counterpart:
         }
 
     def import_tensors(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `export_tensors`, of `shape`, in fp32; rows of padding are 0."""
+        """Invert `export_tensors`; the result has `shape`, in fp32; rows of padding are 0."""
         parts = [tensors[name].to(torch.float32) for name in self.their_names]
         rows = torch.cat([part.T for part in parts] if self.is_transposed else parts)
         if self.parameter.rows == "query key value":
@@ -84,7 +85,7 @@ class Counterpart:
         return rows.contiguous()
 
     def _their_rows(self) -> list[int]:
-        """Rows of each of their tensors, before they are transposed."""
+        """Return the number of rows of each of their tensors, before they are transposed."""
         if self.parameter.rows == "vocabulary":
             return [self.vocab_size]
         if self.parameter.rows == "query key value" and len(self.their_names) == 3:
@@ -93,7 +94,7 @@ class Counterpart:
 
 
 def counterparts(model: Model, vocab_size: int) -> list[Counterpart]:
-    """One for each tensor of the model. User error: a model that transformers cannot say."""
+    """Return one for each tensor of the model. User error: a model that transformers does not support."""
     model = as_exported(model)
     form = form_of(model)
     return [
@@ -103,7 +104,7 @@ def counterparts(model: Model, vocab_size: int) -> list[Counterpart]:
 
 
 def split_qkv(rows: Tensor, model: Model) -> Tensor:
-    """Rows by query group (queries, key, value) -> all queries, then all keys, then all values."""
+    """Reorder rows by query group (queries, key, value) to all queries, then all keys, then all values."""
     groups, width = model.num_query_groups, model.resolved_head_dim
     per_group = model.num_attention_heads // groups
     grouped = rows.view(groups, per_group + 2, width, *rows.shape[1:])  # [groups, q.. k v, width, ...]
@@ -112,7 +113,7 @@ def split_qkv(rows: Tensor, model: Model) -> Tensor:
 
 
 def join_qkv(rows: Tensor, model: Model) -> Tensor:
-    """The inverse of `split_qkv`."""
+    """Invert `split_qkv`."""
     groups, width = model.num_query_groups, model.resolved_head_dim
     parts = rows.split(_qkv_rows(model))
     grouped = [part.reshape(groups, -1, width, *rows.shape[1:]) for part in parts]
@@ -120,6 +121,6 @@ def join_qkv(rows: Tensor, model: Model) -> Tensor:
 
 
 def _qkv_rows(model: Model) -> list[int]:
-    """Rows of all queries, all keys, all values."""
+    """Return the number of rows of all queries, all keys, all values."""
     width = model.resolved_head_dim
     return [count * width for count in (model.num_attention_heads, *[model.num_query_groups] * 2)]

@@ -1,4 +1,4 @@
-"""Weights out of Hugging Face's files; every tensor must be there, with its shape, and no other."""
+"""Read weights from Hugging Face's files; every tensor must be there, with its shape, and no other."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from distllm.huggingface.counterpart import Counterpart
 from distllm.huggingface.write import INDEX, WEIGHTS
 from distllm.layout.place import Shape
 
-# The types whose numbers fp32 holds exactly, as safetensors calls them.
+# The types whose values fp32 holds exactly, as safetensors calls them.
 EXACT_TYPES = ("F32", "BF16", "F16")
-# What earlier versions of transformers stored beside the weights: rotary frequencies and causal masks.
+# Buffers that earlier versions of transformers stored with the weights: rotary frequencies and causal masks.
 CONSTANTS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 MOST_NAMES_SHOWN = 5
 WHOLE_MODEL = "name the folder of a whole model, as Hugging Face's save_pretrained writes it"
@@ -42,7 +42,7 @@ class Stored:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of an imported folder. User errors: no such file, or something else in it."""
+    """Read a JSON object of an imported folder. User errors: no such file, or another kind of content."""
     try:
         content = json.loads((folder / name).read_text())
     except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by name. User errors: no safetensors, a file that is missing or damaged."""
+    """Find every tensor of a folder. User errors: no safetensors, a file that is missing or damaged."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
             rule = f"must hold {WEIGHTS} or {INDEX}"
@@ -88,9 +88,9 @@ def _tensors_of_file(folder: Path, file: str) -> dict[str, Stored]:
 def match_tensors(
     folder: Path, stored: Mapping[str, Stored], counterparts: Sequence[Counterpart]
 ) -> dict[str, Stored]:
-    """The stored tensors by the names of `counterparts`; a user error with all that does not fit them."""
+    """Return the stored tensors by the names of `counterparts`; a user error lists all that do not fit."""
     tensors = {name: tensor for name, tensor in stored.items() if not CONSTANTS.fullmatch(name)}
-    # A model without its output projection is stored without this in front of its names.
+    # A model without its output projection is stored without this prefix in its names.
     prefix = form_of(counterparts[0].model).prefix
     if not any(name.startswith(prefix) for name in tensors):
         tensors = {n if n.startswith("lm_head.") else prefix + n: tensor for n, tensor in tensors.items()}
@@ -106,7 +106,7 @@ def match_tensors(
     inexact = [f"{name} is {tensors[name].type}" for name in known if tensors[name].type not in EXACT_TYPES]
     complaints = {
         "must hold every tensor of the model; missing:": missing,
-        "must hold nothing that our model has no place for; superfluous:": superfluous,
+        "must hold only tensors that our model has; superfluous:": superfluous,
         "must hold tensors of the shapes that config.json describes;": misshapen,
         f"must hold {', '.join(EXACT_TYPES)}, which fp32 holds exactly;": inexact,
     }

@@ -1,6 +1,6 @@
-"""Weights into Hugging Face's files, tensor by tensor, with at most one file in memory.
+"""Write weights into Hugging Face's files, tensor by tensor, with at most one file in memory.
 
-Either `model.safetensors`, or several files and `model.safetensors.index.json`, which says what lies where.
+Either `model.safetensors`, or several files and `model.safetensors.index.json`, which maps tensors to files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_weights(
     dtype: str,
     max_bytes: int,
 ) -> None:
-    """Write the weights that `read` gives, rounded to `dtype`, as files of at most `max_bytes` of weights."""
+    """Write the weights that `read` returns, rounded to `dtype`, in files of at most `max_bytes` each."""
     shapes = {name: shape for c in counterparts for name, shape in c.their_shapes.items()}
     itemsize = DTYPES[dtype].itemsize
     plan = plan_files({name: math.prod(shape) * itemsize for name, shape in shapes.items()}, max_bytes)
@@ -49,12 +49,12 @@ def write_weights(
 
 
 def _write_file(file: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})  # transformers 4 wants to be told the framework
+    save_file(tensors, file, metadata={"format": "pt"})  # transformers 4 requires the framework
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
 
 
 def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """{file: tensors}: in their order, at most `max_bytes` together; one that is larger is a file by itself.
+    """Return {file: tensors}, in order, of at most `max_bytes` each; a larger tensor is alone in a file.
 
     sizes: {tensor: bytes}.
     """

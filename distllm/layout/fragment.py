@@ -1,4 +1,4 @@
-"""What a rank holds of a parameter and its optimizer state: the common tongue of engine and checkpoint."""
+"""A rank's part of a parameter and its optimizer state: the common interface of engine and checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distllm.layout.place import Place
 class Fragment:
     """The flat elements [start, stop) of this rank's part of one parameter.
 
-    tensors: "weight" (fp32) and every state the optimizer keeps per element, whatever it calls them; each is
-    a 1-D view of live memory with stop - start elements. writer: this rank writes it to a checkpoint; among
-    replicas exactly one does.
+    tensors: "weight" (fp32) and every state the optimizer keeps per element, by its own names; each is a 1-D
+        view of live memory with stop - start elements.
+    writer: whether this rank writes it to a checkpoint; exactly one of its replicas does.
     """
 
     place: Place

@@ -1,4 +1,4 @@
-"""The rank grid: which rank does what. Pure arithmetic, no process group, no torch.
+"""The rank grid: the coordinates of every rank. Pure arithmetic, no process group, no torch.
 
 Ranks are one array whose axes are AXES, the last one fastest. Every process group is a slice of that array.
 """
@@ -44,14 +44,14 @@ class Grid:
 
     @classmethod
     def of(cls, parallel: Parallel, world_size: int) -> Grid:
-        """The grid of these settings; what they leave of the world is data parallelism."""
+        """Return the grid of these settings; the rest of the world size is data parallelism."""
         found = degrees(parallel, world_size)
         assert found is not None, f"world size {world_size} is no multiple of {parallel}"
         return cls(**found)
 
     @property
     def degrees(self) -> dict[str, int]:
-        """By axis, in the order of AXES."""
+        """Return the degrees by axis, in the order of AXES."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     @property
@@ -75,7 +75,7 @@ class Grid:
 
     @cached_property
     def ranks(self) -> Ranks:
-        """All ranks, an array with a dim for each of AXES."""
+        """Return all ranks, an array with a dim for each of AXES."""
         return np.arange(self.world_size).reshape(*self.degrees.values())
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -86,13 +86,13 @@ class Grid:
         return int(self.ranks[coordinates])
 
     def groups(self, *axes: str) -> Ranks:
-        """[groups, ranks of the group]: ranks that differ on these axes only, in rising order."""
+        """Return [groups, ranks of the group]: ranks that differ on these axes only, in rising order."""
         kept = [AXES.index(axis) for axis in AXES if axis in axes]
         size = math.prod(self.ranks.shape[dim] for dim in kept)
         return np.moveaxis(self.ranks, kept, range(-len(kept), 0)).reshape(-1, size)
 
     def __str__(self) -> str:
-        """The grid drawn, one row per data-parallel replica and one column per stage; long axes are cut."""
+        """Draw the grid, one row per data-parallel replica and one column per stage; long axes are cut."""
         width = len(str(self.world_size - 1))
         columns = _shortened(self.pipeline, most=3)
         header = [""] + ["..." if stage is None else f"stage {stage}" for stage in columns]
@@ -116,7 +116,7 @@ class Grid:
 
 
 def _shortened(size: int, most: int) -> list[int | None]:
-    """range(size), its middle replaced by None where it is longer than `most`."""
+    """Return range(size), its middle replaced by None where it is longer than `most`."""
     if size <= most:
         return list(range(size))
     return [*range(most - 1), None, size - 1]

@@ -1,7 +1,7 @@
-"""Process groups from the grid. Made once, by Megatron Core, and handed to whoever needs them.
+"""Process groups from the grid, created once, by Megatron Core, and passed to the code that needs them.
 
-Who trains, reads data or saves asks for a role: what the ranks of a group do together. Only who handles an
-axis itself (pipeline schedules, tensor-parallel layers) asks for the group of the axis.
+Code that trains, reads data or saves asks for a role: what the ranks of a group do together. Only code that
+handles an axis itself (pipeline schedules, tensor-parallel layers) asks for the group of the axis.
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ class Role:
 class Groups:
     """This rank's process groups by axis; below, its roles.
 
-    data: same part of the model. tensor: same layers, other part of each. pipeline: other layers.
-    model: all ranks of one copy of the model. embedding: first and last stage of a pipeline, None elsewhere.
-    num_chunks: model chunks on this rank. megatron: the same groups in Megatron Core's form.
+    data: same part of the model.
+    tensor: same layers, other part of each.
+    pipeline: other layers.
+    model: all ranks of one copy of the model.
+    embedding: first and last stage of a pipeline, None elsewhere.
+    num_chunks: model chunks on this rank.
+    megatron: the same groups in Megatron Core's form.
     """
 
     grid: Grid
@@ -55,27 +59,30 @@ class Groups:
 
     @property
     def samples(self) -> Role:
-        """The ranks of which each reads other samples."""
+        """Return the ranks that each read different samples."""
         return Role(self.data, self.coordinates.data, self.grid.data)
 
     @property
     def loss(self) -> Role:
-        """The ranks over whose losses the mean is taken: each has other tokens of the global batch."""
+        """Return the ranks over whose losses the mean is taken: each has other tokens of the global batch."""
         return self.samples
 
     def gradient(self, place: Place) -> Role:
-        """The ranks that hold the same part of a parameter: over them its gradient is reduced, among them
-        ZeRO partitions it, and one of them writes it to a checkpoint."""
+        """Return the ranks that hold the same part of a parameter.
+
+        Its gradient is reduced over them, ZeRO partitions it over them, and one of them writes it to a
+        checkpoint.
+        """
         return self.samples
 
     @property
     def norm(self) -> ProcessGroup:
-        """The ranks whose gradients are other elements of the model: over them a norm's square is summed."""
+        """Return the ranks with other elements of the model: a norm's square is summed over them."""
         return self.model
 
     @property
     def is_traced(self) -> bool:
-        """Whether this rank speaks for those that do the same on other parts or other samples."""
+        """Return whether this rank is traced, for those that do the same on other parts or samples."""
         return self.coordinates.data == 0 and self.coordinates.tensor == 0
 
     @property
@@ -83,20 +90,20 @@ class Groups:
         return self.coordinates.pipeline == self.grid.pipeline - 1
 
     def is_first_chunk(self, chunk: int) -> bool:
-        """Whether model chunk `chunk` of this rank starts the model: it holds the embedding."""
+        """Return whether model chunk `chunk` of this rank starts the model and holds the embedding."""
         return self.coordinates.pipeline == 0 and chunk == 0
 
     def is_last_chunk(self, chunk: int) -> bool:
-        """Whether model chunk `chunk` of this rank ends the model: it holds the output projection."""
+        """Return whether model chunk `chunk` of this rank ends the model and holds the output projection."""
         return self.is_last_stage and chunk == self.num_chunks - 1
 
 
 def create_groups(grid: Grid, timeout: timedelta, num_chunks: int = 1) -> Groups:
-    """Make the process groups of `grid`; called once, on all ranks, after the world group exists.
+    """Create the process groups of `grid`; called once, on all ranks, after the world group exists.
 
     Megatron Core 0.16.1 reads some groups from its module state even where it takes them as arguments
-    (`parallel_state` in schedules and checkpointing), so it has to make them; that they are the grid's
-    slices is asserted, since a difference in rank order would train a wrong model without any error.
+    (`parallel_state` in schedules and checkpointing), so it has to make them. An assertion compares them with
+    the grid's slices, since a difference in rank order would train a wrong model without any error.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tensor,

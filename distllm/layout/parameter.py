@@ -1,7 +1,7 @@
 """One entry of the table of parameters: all that the package knows of a tensor of the model. Pure.
 
-Families (`model/families/`) write the table. Places of a rank's parts, initial weights, the optimizer's
-groups, counts, memory, what is sent, boxes of checkpoints and Hugging Face's tensors derive from it.
+Families (`model/families/`) write the table. From it follow the places of a rank's parts, initial weights,
+the optimizer's groups, parameter counts, memory, traffic, boxes of checkpoints and Hugging Face's tensors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Literal
 
 from distllm.layout.place import Shape
 
-# matrix: what a product takes from one width to another. table: rows that are looked up, or scores of them.
-# vector: norms and biases, which act element by element.
+# matrix: maps one width to another in a product. table: rows that are looked up, or scores of them. vector:
+# norms and biases, which act element by element.
 Kind = Literal["matrix", "table", "vector"]
-# What the rows (dim 0) of a tensor are, where their order matters to who exchanges them with other formats.
+# The meaning of the rows (dim 0) of a tensor, where code that exchanges them with other formats needs their
+# order.
 Rows = Literal["", "query key value", "vocabulary"]
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"  # also the output projection where that is tied
@@ -26,12 +27,16 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"  # also the output projecti
 class Parameter:
     """A whole tensor of the model, which no layout changes.
 
-    name: canonical: Megatron Core's, with the global layer number. shape: of the whole tensor. A projection
-    that holds several of equal size, such as gate and up, has a dim for them in front: [2, ffn, hidden].
-    kind: see above. initial: standard deviation of a normal distribution, or the value that fills it.
-    is_constant: `initial` is that value. cut_dim: the dim of `shape` that the ranks of `cut_axis` share; None
-    means that each of them holds all of it. is_stacked: the first dim is not one of the module's, which holds
-    the projections below each other. rows: see above.
+    name: canonical: Megatron Core's, with the global layer number.
+    shape: of the whole tensor. A projection that holds several of equal size, such as gate and up, has a dim
+        for them in front: [2, ffn, hidden].
+    kind: see above.
+    initial: standard deviation of a normal distribution, or the value that fills it.
+    is_constant: `initial` is that value.
+    cut_dim: the dim of `shape` that is partitioned over the ranks of `cut_axis`; None means that each of them
+        holds all of it.
+    is_stacked: the first dim is not one of the module's, which holds the projections below each other.
+    rows: see above.
     """
 
     name: str
@@ -50,21 +55,21 @@ class Parameter:
 
     @property
     def is_decayed(self) -> bool:
-        """Whether weight decay is for it: what acts element by element is left alone."""
+        """Return whether weight decay applies: not to parameters that act element by element."""
         return self.kind != "vector"
 
     @property
     def module(self) -> str:
-        """The name of the module that it belongs to."""
+        """Return the name of the module that holds it."""
         return self.name.rpartition(".")[0]
 
     @property
     def module_cut_dim(self) -> int | None:
-        """`cut_dim` as the module counts dims."""
+        """Return `cut_dim` as the module counts dims."""
         return None if self.cut_dim is None else self.cut_dim - self.is_stacked
 
     def local_shape(self, degrees: Mapping[str, int]) -> Shape:
-        """The part of one rank, under these degrees of parallelism by axis."""
+        """Return the shape of one rank's part, under these degrees of parallelism by axis."""
         if self.cut_dim is None:
             return self.shape
         degree = degrees[self.cut_axis]
@@ -73,6 +78,6 @@ class Parameter:
         return (*self.shape[: self.cut_dim], whole // degree, *self.shape[self.cut_dim + 1 :])
 
     def module_shape(self, degrees: Mapping[str, int]) -> Shape:
-        """The same as the module holds it."""
+        """Return the shape of one rank's part as the module holds it."""
         shape = self.local_shape(degrees)
         return (shape[0] * shape[1], *shape[2:]) if self.is_stacked else shape

@@ -1,8 +1,8 @@
-"""Where a rank's piece of a parameter lies in the whole parameter. Pure geometry.
+"""The place of a rank's piece of a parameter in the whole parameter. Pure geometry.
 
 A parameter has a canonical name and a global shape that no layout changes. A rank holds a box of it (its
-tensor-parallel part), and under ZeRO a flat range of that box. A flat range of a row-major array is at most
-2 * dimensions - 1 boxes, so every layout can say what it holds in terms that every other understands.
+tensor-parallel part), and under ZeRO a flat range of that box. A flat range of a row-major array is at most 2
+* dimensions - 1 boxes, so every layout can describe its parts as boxes, which every other layout can read.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ class Box:
 class Place:
     """This rank's part of one parameter.
 
-    name: canonical, with the global layer number. global_shape: of the whole parameter; gated projections are
-    seen as [2, ffn, hidden], so that tensor parallelism cuts one dim. local_shape, offsets: this rank's box.
-    primary: among ranks with the same box and other model-parallel coordinates, the one that counts: it
-    writes the checkpoint and enters the gradient norm. is_decayed: whether weight decay is for it.
+    name: canonical, with the global layer number.
+    global_shape: of the whole parameter; gated projections are seen as [2, ffn, hidden], so that tensor
+        parallelism cuts one dim.
+    local_shape, offsets: this rank's box.
+    primary: whether this rank is the one that counts, among ranks with the same box and other model-parallel
+        coordinates: it writes the checkpoint and enters the gradient norm.
+    is_decayed: whether weight decay applies.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Place:
     is_decayed: bool = True
 
     def boxes(self, start: int, stop: int) -> list[Box]:
-        """Boxes of the global tensor that flat elements [start, stop) of this part cover, in flat order."""
+        """Return the boxes of the global tensor that flat elements [start, stop) cover, in flat order."""
         assert 0 <= start <= stop <= math.prod(self.local_shape), (
             f"{self.name}: [{start}, {stop}) is outside of {self.local_shape}"
         )
@@ -56,7 +59,7 @@ class Place:
 
 
 def flat_range_boxes(shape: Shape, start: int, stop: int) -> list[Box]:
-    """The flat elements [start, stop) of a row-major array as boxes, in flat order."""
+    """Return the flat elements [start, stop) of a row-major array as boxes, in flat order."""
     return list(_boxes(shape, start, stop)) if start < stop else []
 
 
@@ -88,7 +91,7 @@ def _within_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[Box]:
 
 
 def module_of(name: str) -> str:
-    """The module that a parameter is filed under: its layer, or what is left without its last word.
+    """Return the module that a parameter is filed under: its layer, or the name without its last word.
 
     All its pieces lie on ranks of one pipeline stage.
     """

@@ -1,4 +1,4 @@
-"""Process groups for checkpoints alone: a write in the background must not meet training's messages."""
+"""Process groups for checkpoints alone: messages of a background write must not mix with training's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SaveGroups:
 
 
 def create_save_groups(grid: Grid, timeout: timedelta) -> SaveGroups:
-    """Collective. gloo, since what is exchanged are small objects in host memory.
+    """Create the groups. Collective. gloo, since small objects in host memory are exchanged.
 
     timeout: within which the slowest rank must have written its part after the fastest.
     """

@@ -1,4 +1,4 @@
-"""What ranks send each other in a step: calls and bytes by process group and kind of collective. Pure."""
+"""The messages between ranks in a step: calls and bytes by process group and kind of collective. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 
 class Amount(NamedTuple):
-    """bytes: size of the message: of the whole tensor that an all-reduce, broadcast or send handles, of the
-    output of an all-gather, of the input of a reduce-scatter."""
+    """A number of calls and their bytes.
+
+    bytes: size of the message: of the whole tensor that an all-reduce, broadcast or send handles, of the
+        output of an all-gather, of the input of a reduce-scatter.
+    """
 
     calls: int
     bytes: int
@@ -19,8 +22,12 @@ class Amount(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """group: data, tensor, pipeline, model, embedding or world. kind: of the collective, as PyTorch calls it
-    (all_reduce, all_gather, reduce_scatter, broadcast, send, recv, ...)."""
+    """A kind of message in a group.
+
+    group: data, tensor, pipeline, model, embedding or world.
+    kind: of the collective, as PyTorch calls it (all_reduce, all_gather, reduce_scatter, broadcast, send,
+        recv, ...).
+    """
 
     group: str
     kind: str
@@ -30,7 +37,7 @@ Traffic = Mapping[Transfer, Amount]
 
 
 def add_up(parts: Iterable[tuple[Transfer, Amount]]) -> dict[Transfer, Amount]:
-    """Amounts of equal transfers added; what is never called is left out."""
+    """Add the amounts of equal transfers; transfers without a call are left out."""
     total: dict[Transfer, Amount] = {}
     for transfer, amount in parts:
         if amount.calls:
@@ -40,11 +47,11 @@ def add_up(parts: Iterable[tuple[Transfer, Amount]]) -> dict[Transfer, Amount]:
 
 
 def sent_bytes(kind: str, message_bytes: float, group_size: int) -> float:
-    """What one rank of a group puts on the wire for a message, on average over its ranks.
+    """Return the bytes that one rank of a group sends for a message, on average over its ranks.
 
-    All-reduce, all-gather and reduce-scatter: the least that any algorithm can do, reached by a ring
-    (Patarasuk & Yuan 2009; the same factors turn time into "bus bandwidth" in NVIDIA's nccl-tests,
-    doc/PERFORMANCE.md). A broadcast passes the message on once for each rank but one.
+    All-reduce, all-gather and reduce-scatter: the least of any algorithm, reached by a ring (Patarasuk & Yuan
+    2009; the same factors turn time into "bus bandwidth" in NVIDIA's nccl-tests, doc/PERFORMANCE.md). A
+    broadcast passes the message on once for each rank but one.
     """
     others = (group_size - 1) / group_size
     factors = {

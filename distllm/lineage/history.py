@@ -1,7 +1,7 @@
-"""What went where: the samples of every step, as a function of a short history. Pure arithmetic.
+"""The samples of every step, as a function of a short history. Pure arithmetic.
 
 Nothing is written per sample. A run's history is one stretch for every change of its plan (batch size,
-weights of the mixture, samples that a guard has left out); all else follows from it.
+weights of the mixture, samples that a guard has left out); everything else follows from it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from distllm.data.mixture import Blend, counts_before
 class Stretch:
     """Steps that follow one plan, until the next stretch begins.
 
-    step: updates before its first. first_sample: with which that update begins. batch_size: samples of each
-    update. weights: of the sources.
+    step: updates before its first.
+    first_sample: with which that update begins.
+    batch_size: samples of each update.
+    weights: of the sources.
     """
 
     step: int
@@ -28,7 +30,7 @@ class Stretch:
     weights: Mapping[str, float]
 
     def first_sample_of(self, step: int) -> int:
-        """The sample with which the update after `step` updates begins."""
+        """Return the sample with which the update after `step` updates begins."""
         return self.first_sample + (step - self.step) * self.batch_size
 
 
@@ -40,7 +42,7 @@ Ranges = tuple[tuple[int, int], ...]
 def with_plan(
     history: History, step: int, next_sample: int, batch_size: int, weights: Mapping[str, float]
 ) -> History:
-    """The history once the update after `step` updates is known to begin with `next_sample`."""
+    """Return the history once the update after `step` updates is known to begin with `next_sample`."""
     if history:
         last = history[-1]
         is_as_planned = last.first_sample_of(step) == next_sample and last.batch_size == batch_size
@@ -50,7 +52,7 @@ def with_plan(
 
 
 def samples_of_step(history: History, step: int) -> range:
-    """The samples of update number `step`, the first being 1."""
+    """Return the samples of update number `step`, the first being 1."""
     assert step >= 1, f"steps are counted from 1, not {step}"
     # Of stretches that begin alike, only the last has steps; the others' samples were left out.
     stretch = next(stretch for stretch in reversed(history) if stretch.step < step)
@@ -59,7 +61,7 @@ def samples_of_step(history: History, step: int) -> range:
 
 
 def blends(history: History) -> list[Blend]:
-    """The mixture as a function of the sample: a new blend only where weights change."""
+    """Return the mixture as a function of the sample: a new blend only where weights change."""
     found: list[Blend] = []
     for stretch in history:
         if not found or stretch.weights != found[-1].weights:
@@ -68,12 +70,12 @@ def blends(history: History) -> list[Blend]:
 
 
 def consumed_samples(next_sample: int, skipped: Ranges) -> int:
-    """Samples before `next_sample` that updates have seen."""
+    """Return the number of samples before `next_sample` that updates have seen."""
     return next_sample - sum(end - first for first, end in _behind(next_sample, skipped))
 
 
 def consumed_by_source(history: History, next_sample: int, skipped: Ranges) -> dict[str, int]:
-    """The same, of each source that the mixture has had so far."""
+    """Return the same for each source that the mixture has had so far."""
     drawn_from = blends(history)
     consumed = Counter(counts_before(next_sample, drawn_from))
     for first, end in _behind(next_sample, skipped):

@@ -1,4 +1,4 @@
-"""`ledger/ledger.json` in the run directory: all that `distllm lineage` needs to say what went where."""
+"""`ledger/ledger.json` in the run directory: all that `distllm lineage` needs to trace samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from distllm.metrics.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Ledger:
-    """records: of every source that was ever drawn from (data/record.py). cache: where packings lie."""
+    """The content of the file.
+
+    records: of every source that was ever drawn from (data/record.py). cache: the folder of packings.
+    """
 
     seed: int
     seq_length: int
@@ -38,7 +41,10 @@ class LedgerFile:
         records: Mapping[str, Mapping[str, Any]],
         warn: Callable[[str], None],
     ) -> None:
-        """path: None on ranks that do not write. records: of all sources that the run has drawn from."""
+        """Open the ledger.
+
+        path: None on ranks that do not write. records: of all sources that the run has drawn from.
+        """
         self._path = path
         self._config = config
         self._records = records
@@ -46,7 +52,7 @@ class LedgerFile:
         self._kept: tuple[History, Ranges] | None = None
 
     def keep(self, history: History, skipped: Ranges) -> None:
-        """Called before every step; writes where the plan has changed, which is seldom."""
+        """Write the history if the plan has changed, which is seldom; called before every step."""
         if self._path is None or self._kept == (history, skipped):
             return
         content = {
@@ -61,14 +67,14 @@ class LedgerFile:
         try:
             self._path.parent.mkdir(exist_ok=True)
             write_atomically(self._path, json.dumps(content, indent=1).encode() + b"\n")
-        except OSError as error:  # a full disk ends no job; the next change is written with this one
+        except OSError as error:  # a full disk does not end the job; the next change is written with this one
             self._warn(f"{self._path} could not be written: {error}")
             return
         self._kept = (history, skipped)
 
 
 def read_ledger(run: RunDirectory) -> Ledger:
-    """User error: no such file."""
+    """Read the ledger of a run. User error: no such file."""
     if not run.ledger_path.is_file():
         rule = f"must be the folder of a run that has taken a step (there is no {run.ledger_path})"
         raise user_error("run.dir", run.path, rule, "run.dir=FOLDER of `distllm train`")

@@ -1,4 +1,4 @@
-"""From a step back to the documents that its sequences came from. Recomputed from the ledger."""
+"""Trace a step back to the documents that its sequences came from, recomputed from the ledger."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ ORIGIN = np.dtype([("file", "<u4"), ("row", "<u8")])  # of a document: number in
 
 @dataclass(frozen=True)
 class Origin:
-    """Tokens start to stop - 1 of a document of num_tokens tokens. file, row: where the document came from,
-    rows counted from 0; None where only token files are known."""
+    """Tokens start to stop - 1 of a document of num_tokens tokens.
+
+    file, row: where the document came from, rows counted from 0; None where only token files are known.
+    """
 
     document: int
     start: int
@@ -44,7 +46,7 @@ class TracedSample:
 
 
 class TracedSource:
-    """One source's sequences, and where their documents came from."""
+    """One source's sequences, and the origins of their documents."""
 
     def __init__(self, source: PreparedSource, sequences: Sequences) -> None:
         self._source = source
@@ -68,7 +70,7 @@ class TracedSource:
 
 
 def open_sources(ledger: Ledger) -> dict[str, TracedSource]:
-    """User error: what was prepared is no longer there, or is not what the run was trained on."""
+    """Open the sources. User error: prepared data is missing, or differs from what the run was trained on."""
     sources = {}
     for name, record in ledger.records.items():
         source = from_record(name, record)
@@ -99,7 +101,7 @@ def training_data(ledger: Ledger, sources: dict[str, TracedSource]) -> TrainingD
 
 
 def trace(ledger: Ledger, step: int) -> list[TracedSample]:
-    """Every sequence of update number `step`, in the order of samples."""
+    """Return every sequence of update number `step`, in the order of samples."""
     sources = open_sources(ledger)
     samples = samples_of_step(ledger.history, step)
     located = training_data(ledger, sources).locate(

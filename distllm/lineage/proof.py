@@ -20,8 +20,13 @@ SAMPLES_AT_A_TIME = 1 << 20
 
 @dataclass
 class Proof:
-    """faults: what is wrong, empty where all is as it should be. trained: sequences that updates have seen.
-    left_out: samples that a guard has refused. epochs: of each source, sequences seen in each epoch."""
+    """The result of the proof.
+
+    faults: what is wrong, empty if the run is correct.
+    trained: sequences that updates have seen.
+    left_out: samples that a guard has rejected.
+    epochs: of each source, sequences seen in each epoch.
+    """
 
     first_step: int
     last_step: int
@@ -35,8 +40,8 @@ class Proof:
 def prove(ledger: Ledger, first_step: int, last_step: int) -> Proof:
     """Go through every sample of the steps first_step to last_step, and mark its sequence as seen.
 
-    Found would be: a sample in two steps or in none that no guard has left out; a sequence that comes twice
-    in an epoch; one that is missing from an epoch that these steps go through as a whole.
+    Detects a sample in two steps or in none that no guard has left out; a sequence that comes twice in an
+    epoch; one that is missing from an epoch that these steps go through as a whole.
     """
     proof = Proof(first_step, last_step)
     sources = open_sources(ledger)
@@ -71,7 +76,7 @@ def prove(ledger: Ledger, first_step: int, last_step: int) -> Proof:
 
 
 def _check_ranges(ranges: Sequence[range], ledger: Ledger, proof: Proof) -> Iterator[str]:
-    """Between two steps lies nothing but what was left out on purpose."""
+    """Check that between two steps only samples that a guard has left out are missing."""
     refused = {number for first, end in ledger.skipped for number in range(first, end)}
     proof.left_out = sum(number in range(ranges[0].start, ranges[-1].stop) for number in refused)
     for number, (before, after) in enumerate(pairwise(ranges), proof.first_step):
@@ -86,7 +91,7 @@ def _check_ranges(ranges: Sequence[range], ledger: Ledger, proof: Proof) -> Iter
 
 
 def _blocks(ranges: Sequence[range]) -> Iterator[np.ndarray]:
-    """The samples of the steps, int64, so many at a time that memory stays bounded."""
+    """Yield the samples of the steps, int64, in blocks that bound memory."""
     block: list[np.ndarray] = []
     for samples in ranges:
         block.append(np.arange(samples.start, samples.stop, dtype=np.int64))
@@ -98,7 +103,7 @@ def _blocks(ranges: Sequence[range]) -> Iterator[np.ndarray]:
 
 
 def _left_out(ledger: Ledger, data: TrainingData, first: int, last: int) -> dict[tuple[str, int], int]:
-    """{(source, epoch): samples that a guard has left out}."""
+    """Return {(source, epoch): samples that a guard has left out}."""
     counts: dict[tuple[str, int], int] = {}
     for start, end in ledger.skipped:
         samples = np.arange(max(start, first), min(end, last), dtype=np.int64)
@@ -115,10 +120,11 @@ def contradictions(
     histories: Mapping[str, History],
     first_step: int = 1,
 ) -> list[str]:
-    """Where the ledger and what the run wrote at the time differ: training rows of metrics.jsonl, and the
-    histories in its checkpoints, by their names.
+    """List the differences between the ledger and what the run wrote at the time.
 
-    first_step: of this run directory; another than 1 where it goes on from the checkpoint of another.
+    That is training rows of metrics.jsonl, and the histories in its checkpoints, by their names.
+
+    first_step: of this run directory; not 1 where it continues from the checkpoint of another.
     """
     found = []
     steps = [row["step"] for row in rows]

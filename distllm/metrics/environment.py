@@ -1,4 +1,4 @@
-"""What a run ran on: enough to repeat it, nothing secret."""
+"""The environment of a run: enough to repeat it, without secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import distllm
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "datasets", "tokenizers", "hydra-core")
 
-# What decides ranks, threads, devices and communication. An allow list: the environment holds secrets.
+# Variables that determine ranks, threads, devices and communication. An allow list, since the environment
+# also holds secrets.
 RELEVANT = re.compile(
     r"(WORLD_SIZE|RANK|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|MASTER_ADDR|MASTER_PORT"
     r"|OMP_NUM_THREADS|MKL_NUM_THREADS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_MAX_CONNECTIONS|PYTORCH_\w*ALLOC_CONF"
@@ -26,7 +27,7 @@ SECRET = re.compile(r"JWT|TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY($|_)")
 
 
 def describe_environment() -> dict[str, object]:
-    """Versions, machine, commit and command line of this process; nothing heavy is imported for it."""
+    """Return versions, machine, commit and command line of this process; imports nothing heavy."""
     return {
         "versions": package_versions(),
         "host": platform.node(),
@@ -42,7 +43,7 @@ def describe_environment() -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of distllm, Python and what they stand on; None for what is not installed."""
+    """Return versions of distllm, Python and its dependencies; None for those that are not installed."""
     versions: dict[str, str | None] = {"distllm": distllm.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -53,7 +54,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a launcher or a user sets to steer a distributed job, sorted; never a secret."""
+    """Return the variables by which a launcher or user controls a distributed job, sorted; never a secret."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -62,9 +63,9 @@ def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_commit(checkout: Path) -> str | None:
-    """Commit of `checkout`, with `-dirty` after local changes; None unless it is the top of a checkout.
+    """Return the commit of `checkout`, with `-dirty` after local changes; None unless it is the top of one.
 
-    Merely lying inside one is not enough: a virtual environment often lies inside some other project.
+    Lying inside a checkout is not enough: a virtual environment often lies inside some other project.
     """
     if not (checkout / ".git").exists():
         return None

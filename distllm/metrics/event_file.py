@@ -12,8 +12,9 @@ from pathlib import Path
 class EventFile:
     """Scalars for TensorBoard; each `write` is on disk (not only in a buffer) when it returns.
 
-    folder: created when missing. resume_step: curves of earlier files lose their points after this step,
-    so that a resumed run draws each step once.
+    folder: created when missing.
+    resume_step: curves of earlier files lose their points after this step, so that a resumed run draws each
+        step once.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -30,7 +31,7 @@ class EventFile:
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """One point per tag at `step`; NaN and infinity are shown as such. OSError when the disk is full."""
+        """Write one point per tag at `step`; NaN and infinity are shown as such. OSError: disk full."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]

@@ -1,4 +1,4 @@
-"""Numbers and blocks of text as people read them. Pure."""
+"""Format numbers and blocks of text for readers. Pure."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ INDENT = 12
 
 
 def count(number: int) -> str:
-    """Four significant digits: 950, 12.5k, 124.4M, 8.03B, 15T."""
+    """Format with four significant digits: 950, 12.5k, 124.4M, 8.03B, 15T."""
     return _scaled(number, ["", "k", "M", "B", "T"], base=1000, spec=".4g")
 
 
 def bytes_(number: int) -> str:
-    """One decimal in binary units: 512 B, 1.5 GiB."""
+    """Format with one decimal in binary units: 512 B, 1.5 GiB."""
     return _scaled(number, [" B", " KiB", " MiB", " GiB", " TiB", " PiB"], base=1024, spec=".1f")
 
 
 def rate(tokens_per_second: float) -> str:
-    """Three significant digits: 950 tok/s, 12.3k tok/s, 1.20M tok/s; `? tok/s` when not finite."""
+    """Format with three significant digits: 950 tok/s, 12.3k tok/s, 1.20M tok/s; `? tok/s` if not finite."""
     if not math.isfinite(tokens_per_second):
         return "? tok/s"
     return _scaled(tokens_per_second, ["", "k", "M", "B", "T"], base=1000, spec="#.3g") + " tok/s"
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: 0.4s, 12s, 4m12s, 2h05m, 3d04h; `?` when not finite."""
+    """Format in the two largest units: 0.4s, 12s, 4m12s, 2h05m, 3d04h; `?` when not finite."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 9.95:
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def block(heading: str, sections: Mapping[str, str]) -> str:
-    """Named sections, their texts in one column; empty ones are left out."""
+    """Format named sections, their texts in one column; empty ones are left out."""
     lines = [heading, "-" * WIDTH]
     for name, text in sections.items():
         for i, line in enumerate(text.splitlines()):
@@ -52,7 +52,7 @@ def block(heading: str, sections: Mapping[str, str]) -> str:
 
 
 def table(values: Mapping[str, str], align: str = "<") -> str:
-    """One `name  value` line per item, in two aligned columns."""
+    """Format one `name  value` line per item, in two aligned columns."""
     name_width = max(map(len, values), default=0)
     value_width = max(map(len, values.values()), default=0) if align == ">" else 0
     return "\n".join(f"{name:<{name_width}}  {value:{align}{value_width}}" for name, value in values.items())
@@ -63,7 +63,7 @@ def plural(number: int, noun: str, ending: str = "s") -> str:
 
 
 def _scaled(number: float, units: list[str], base: int, spec: str) -> str:
-    """`number` in the first unit in which its text stays below `base`: 999,999 is 1M, not 1000k."""
+    """Format `number` in the first unit in which its text stays below `base`: 999,999 is 1M, not 1000k."""
     scaled = float(number)
     if scaled == int(scaled) and scaled < base:
         return f"{int(scaled)}{units[0]}"

@@ -1,4 +1,4 @@
-"""What became of a run's time, every second of it, from its events and rows. Pure."""
+"""Account for every second of a run's time, from its events and rows. Pure."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from typing import Any
 from distllm.metrics.format import duration, plural, table
 
 Event = Mapping[str, Any]
-# Of a step, in its order; rows have each as NAME_seconds (engine/phases.py measures them).
+# The phases of a step, in order; rows have each as NAME_seconds (engine/phases.py measures them).
 PHASES = ("data", "forward", "backward", "pipeline_wait", "optimizer")
 
 
 @dataclass(frozen=True)
 class Account:
-    """Seconds of a run from the start of its first process to its last sign of life.
+    """Seconds of a run from the start of its first process to the last time it wrote.
 
-    productive: in steps that count. start_up: of processes, until their first step. checkpoints: for which
-    training stood still. validation: likewise. lost: in steps that were refused, or done again after a
-    restart or a rewind. waiting: between the last sign of one start and the process of the next. other: the
-    rest: the part of a step that a kill cut off, the sample and the plots at the end.
+    productive: in steps that count.
+    start_up: of processes, until their first step.
+    checkpoints: for which training stood still.
+    validation: likewise.
+    lost: in steps that were rejected, or repeated after a restart or a rewind.
+    waiting: between the last output of one start and the process of the next.
+    other: the rest: the part of a step that a kill interrupted, the completion and the plots at the end.
     """
 
     total: float
@@ -42,12 +45,15 @@ class Account:
 
     @property
     def goodput(self) -> float:
-        """Productive share of the time."""
+        """Return the productive fraction of the time."""
         return self.productive / self.total if self.total > 0 else 0.0
 
 
 def account(events: Sequence[Event], rows: Sequence[Mapping[str, Any]], last_sign: float) -> Account:
-    """events, rows: of the run directory. last_sign: seconds since the epoch when the run last wrote."""
+    """Compute the account. events, rows: of the run directory.
+
+    last_sign: seconds since the epoch when the run last wrote.
+    """
     starts = _of(events, "start")
     begins = [event["process_started"] for event in starts]
     waiting = sum(
@@ -81,13 +87,13 @@ def account(events: Sequence[Event], rows: Sequence[Mapping[str, Any]], last_sig
 
 
 def describe(found: Account) -> str:
-    """The account as a table."""
+    """Format the account as a table."""
     parts = {
         "productive": (found.productive, plural(found.steps, "step")),
         "start-up": (found.start_up, plural(found.starts, "start")),
         "checkpoints": (found.checkpoints, "for which training stood still"),
         "validation": (found.validation, ""),
-        "lost work": (found.lost, f"{plural(found.lost_steps, 'step')} refused or done again"),
+        "lost work": (found.lost, f"{plural(found.lost_steps, 'step')} rejected or repeated"),
         "waiting": (found.waiting, "between two starts"),
         "other": (found.other, ""),
     }
@@ -100,8 +106,10 @@ def describe(found: Account) -> str:
 
 
 def step_account(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean seconds of each phase of a step, and of the `rest` that none of them is; empty where rows tell
-    none. As rank 0 has seen it. Without profiled steps, which are slower."""
+    """Return mean seconds of each phase of a step, and of the `rest` outside all phases.
+
+    Empty where rows have no phases. Measured on rank 0, without profiled steps, which are slower.
+    """
     timed = [row for row in rows if "forward_seconds" in row and not row.get("profiled")]
     if not timed:
         return {}
@@ -115,7 +123,7 @@ def step_account(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def describe_step(seconds: Mapping[str, float]) -> str:
-    """The phases of a step as a table; empty where there are none."""
+    """Format the phases of a step as a table; empty where there are none."""
     total = sum(seconds.values()) or 1.0
     return table({phase: f"{100 * value / total:5.1f}%  {value:8.4f} s" for phase, value in seconds.items()})
 

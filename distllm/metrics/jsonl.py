@@ -15,11 +15,11 @@ NON_FINITE = "non_finite"
 
 
 def dump_line(row: Mapping[str, object]) -> bytes:
-    """One line, newline included.
+    """Return a row as one line, newline included.
 
-    JSON has no NaN and no infinity: such a value becomes null, and `non_finite` names it, as in
-    `{"step": 3, "loss": null, "non_finite": {"loss": "nan"}}`, so that strict readers survive and nothing
-    is lost. Only top-level values may be non-finite: ValueError for nested ones, TypeError for other types.
+    JSON has no NaN and no infinity: such a value becomes null, and `non_finite` names it, as in `{"step": 3,
+    "loss": null, "non_finite": {"loss": "nan"}}`, so that strict readers accept the line and nothing is lost.
+    Only top-level values may be non-finite: ValueError for nested ones, TypeError for other types.
     """
     non_finite = {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     finite = {name: None if name in non_finite else value for name, value in row.items()}
@@ -29,7 +29,7 @@ def dump_line(row: Mapping[str, object]) -> bytes:
 
 
 def load_line(line: bytes) -> dict[str, Any]:
-    """The row that `dump_line` wrote. ValueError when the line is not a whole JSON object."""
+    """Return the row that `dump_line` wrote. ValueError when the line is not a whole JSON object."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object: {line[:80]!r}")
@@ -39,9 +39,9 @@ def load_line(line: bytes) -> dict[str, Any]:
 
 
 def append_line(path: Path, row: Mapping[str, object]) -> None:
-    """Append one row in a single write, so that a kill tears at most the last line.
+    """Append one row in a single write, so that a kill truncates at most the last line.
 
-    A line torn by an earlier kill is closed first: otherwise this row would be glued to it and lost too.
+    A line truncated by an earlier kill is ended first: otherwise this row would be joined to it and lost too.
     """
     line = dump_line(row)
     with open(path, "ab+", buffering=0) as file:
@@ -50,15 +50,15 @@ def append_line(path: Path, row: Mapping[str, object]) -> None:
             file.seek(size - 1)
             line = line if file.read(1) == b"\n" else b"\n" + line
         written = file.write(line)
-        if written != len(line):  # a disk that is almost full takes a part, without an error
+        if written != len(line):  # an almost full disk can write a part without an error
             file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 class PatientLines:
-    """Appends rows to a file, and keeps those that the disk does not take until it does.
+    """Appends rows to a file, and keeps rows that the disk rejects until it accepts them.
 
-    warn: told when the disk begins to refuse rows.
+    warn: called with a message when the disk begins to reject rows.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -75,7 +75,7 @@ class PatientLines:
                 self._warn(f"{error}; rows of {self._path.name} are kept in memory until they can be written")
 
     def flush(self) -> None:
-        """Write what waits; OSError where it cannot be written."""
+        """Write the waiting rows; OSError where they cannot be written."""
         while self._waiting:
             append_line(self._path, self._waiting[0])
             del self._waiting[0]
@@ -83,8 +83,8 @@ class PatientLines:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path`: readers see the old file or the new one, never half of it. OSError as from `open`."""
-    # Unique per thread: the watchdog may write the same file while the main thread does.
-    # Not `tempfile`, whose files only their owner can read.
+    # Unique per thread: the watchdog may write the same file while the main thread does. Not `tempfile`,
+    # whose files only their owner can read.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:

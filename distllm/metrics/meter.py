@@ -1,4 +1,4 @@
-"""From the bare facts of a step to a row of `metrics.jsonl`. Pure."""
+"""Turn the measurements of a step into a row of `metrics.jsonl`. Pure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ def training_row(
     peak_flops: float | None,
     peak_memory_bytes: int | None,
 ) -> Row:
-    """The row of one optimizer update.
+    """Return the row of one optimizer update.
 
-    step: 1 after the first update. loss: nats per token, mean over the global batch. consumed_samples: of the
-    whole run, this step included. consumed_by_source: the same, of each source of a mixture.
-    step_seconds: wall-clock time of the whole step. global_batch_size: sequences of seq_length tokens.
-    flops_per_token: forward and backward, over the whole model. peak_flops: per second, over all devices;
-    None when unknown, and then there is no `mfu`. peak_memory_bytes: of the fullest rank.
+    step: 1 after the first update.
+    loss: nats per token, mean over the global batch.
+    consumed_samples: of the whole run, this step included.
+    consumed_by_source: the same, of each source of a mixture.
+    step_seconds: wall-clock time of the whole step.
+    global_batch_size: sequences of seq_length tokens.
+    flops_per_token: forward and backward, over the whole model.
+    peak_flops: per second, over all devices; None when unknown, and then there is no `mfu`.
+    peak_memory_bytes: of the rank that uses most.
     """
     tokens_per_step = global_batch_size * seq_length
     tokens_per_second = tokens_per_step / step_seconds if step_seconds > 0 else math.nan
@@ -55,9 +59,10 @@ def training_row(
 
 
 def validation_row(step: int, nats_total: float, num_tokens: int, num_bytes: int) -> Row:
-    """The row of one validation.
+    """Return the row of one validation.
 
     nats_total: summed loss over num_tokens predicted tokens, which stand for num_bytes bytes of text.
+
     Bits per byte compare models across tokenizers. A number without tokens or bytes to divide by is left out.
     """
     row: Row = {"step": step}
@@ -69,7 +74,7 @@ def validation_row(step: int, nats_total: float, num_tokens: int, num_bytes: int
 
 
 def gzip_bits_per_byte(text: bytes) -> float | None:
-    """What `gzip -9` needs for `text`: the bar that a trained model should clear; None for no text."""
+    """Return bits per byte of `gzip -9` on `text`, which a trained model should beat; None for no text."""
     if not text:
         return None
     return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)

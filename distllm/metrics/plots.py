@@ -1,4 +1,4 @@
-"""`loss.png`: the picture of a run."""
+"""Draw `loss.png`, the curves of a run."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def plot_loss(rows: Rows, path: Path, title: str) -> None:
 
 
 def smoothed(values: Array) -> Array:
-    """Centred moving average over about a thirtieth of the points; shorter at the ends, so nothing lags."""
+    """Return the centred moving average over about a thirtieth of the points; shorter at the ends: no lag."""
     reach = len(values) // 60
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    # As far to the left as to the right: a lopsided window would bend the steep start of a loss curve.
+    # Symmetric: a window with more points on one side would bend the steep start of a loss curve.
     half = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
     averages: Array = (total[index + half + 1] - total[index - half]) / (2 * half + 1)
     return averages
 
 
 def _points(rows: Rows, name: str) -> tuple[Array, Array]:
-    """(steps, values) of the rows that have a finite `name`, in order of the steps."""
+    """Return (steps, values) of the rows that have a finite `name`, in order of the steps."""
     points = sorted((row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan)))
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
@@ -84,7 +84,8 @@ def _draw_losses(axes: Any, rows: Rows) -> None:
     axes.patch.set_visible(False)
     handles = axes.get_lines()
     if handles:
-        # Where few points may lie anywhere, `best` looks for room; with many it would be slow and jump about.
+        # With few points anywhere `best` finds a free place; with many it would be slow and change place
+        # between plots.
         place = "best" if len(handles[0].get_xdata()) < 100 else "upper right"
         axes.legend(handles=handles, loc=place, edgecolor="none", framealpha=0.9)
     _quiet_frame(axes)

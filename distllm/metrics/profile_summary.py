@@ -1,4 +1,4 @@
-"""What a profile of a few steps says, on one page. Pure."""
+"""Summarize a profile of a few steps on one page. Pure."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ class Operator:
 
 @dataclass(frozen=True)
 class RankProfile:
-    """What one rank has measured.
+    """The measurements of one rank.
 
-    step_seconds: of each step. phases: seconds of each phase in all of them. communication_seconds: in which
-    at least one collective or message was under way: kernels of NCCL, operations of gloo. device_seconds: in
-    which the device did anything; None without a device. peak_memory_bytes: None likewise.
+    step_seconds: of each step.
+    phases: seconds of each phase, over all steps.
+    communication_seconds: in which at least one collective or message was in progress: kernels of NCCL,
+        operations of gloo.
+    device_seconds: in which the device was busy; None without a device.
+    peak_memory_bytes: None likewise.
     """
 
     rank: int
@@ -45,7 +48,7 @@ class RankProfile:
 
 
 def union_seconds(spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds covered by spans (begin, end) that may overlap."""
+    """Return the seconds covered by spans (begin, end) that may overlap."""
     covered, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         covered += max(0.0, end - max(begin, reached))
@@ -54,7 +57,7 @@ def union_seconds(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def profile_summary(profiles: Sequence[RankProfile], steps: range) -> str:
-    """profiles: of all ranks that were traced, the first one's operators are listed."""
+    """Write the summary. profiles: of all traced ranks; the operators of the first are listed."""
     first = profiles[0]
     title = f"steps {steps.start} to {steps.stop - 1}, under the profiler (which slows them down)"
     parts = [title, _ranks(profiles)]
@@ -65,7 +68,7 @@ def profile_summary(profiles: Sequence[RankProfile], steps: range) -> str:
 
 
 def _ranks(profiles: Sequence[RankProfile]) -> str:
-    """One line a rank; shares are of the steps' wall-clock time."""
+    """Format one line per rank; percentages are of the steps' wall-clock time."""
     phases = list(dict.fromkeys(phase for profile in profiles for phase in profile.phases))
     names = ["rank", "stage", "s/step", *phases, "other", "comm.", "idle", "peak memory"]
     lines = [names, *(_rank(profile, phases) for profile in profiles)]
@@ -107,7 +110,7 @@ def _device(operator: Operator) -> float:
 
 
 def _operators(profile: RankProfile, name: str, seconds_of: Callable[[Operator], float]) -> str:
-    """The operators of one rank that took the most time by themselves."""
+    """List the operators of one rank with the most self time."""
     num_steps = max(len(profile.step_seconds), 1)
     top = sorted(profile.operators, key=seconds_of, reverse=True)[:NUM_OPERATORS]
     total = sum(map(seconds_of, profile.operators))

@@ -1,4 +1,4 @@
-"""What the user watches while training: a bar on a terminal, plain lines elsewhere; on standard error."""
+"""The display during training: a bar on a terminal, plain lines elsewhere; on standard error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Progress(Protocol):
         """Print one line of text (validation results, checkpoints) without breaking the display."""
 
     def close(self) -> None:
-        """Leave the display as it stands and end its line; call it before printing anything else."""
+        """End the display's line and leave it visible; call it before printing anything else."""
 
 
 def make_progress(
@@ -39,10 +39,13 @@ def make_progress(
     interval: int,
     stream: TextIO | None = None,
 ) -> Progress:
-    """The display that `logging.progress` asks for; ranks other than 0 use `none`.
+    """Make the display that `logging.progress` selects; ranks other than 0 use `none`.
 
-    first_step: updates done already, 0 unless resumed. interval: steps between two plain lines.
-    stream: standard error when None. `auto` is a bar on a terminal that can redraw a line, else lines.
+    first_step: updates done already, 0 unless resumed.
+    interval: steps between two plain lines.
+    stream: standard error when None.
+
+    `auto` is a bar on a terminal that can redraw a line, else lines.
     """
     stream = stream or sys.stderr
     if kind == "auto":
@@ -79,7 +82,7 @@ class BarProgress:
 
     def update(self, row: Row) -> None:
         step = int(row["step"])
-        # The least wanted last: a narrow terminal cuts the line at its end.
+        # The least important last: a narrow terminal cuts the line at its end.
         figures = [f"eta {duration(self._remaining.after(step))}", *_figures(row)]
         self._bar.set_description_str("  ".join(figures), refresh=False)
         self._bar.update(step - self._bar.n)
@@ -120,7 +123,7 @@ class LineProgress:
 
 
 class NoProgress:
-    """Silence."""
+    """Shows nothing."""
 
     def update(self, row: Row) -> None:
         pass
@@ -133,7 +136,7 @@ class NoProgress:
 
 
 class RemainingTime:
-    """Wall-clock seconds until the last step, from the recent steps and what lay between them."""
+    """Estimates wall-clock seconds until the last step, from recent steps and the time between them."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total_steps = total_steps
@@ -142,12 +145,13 @@ class RemainingTime:
         self._recent: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS + 1)  # (step, when it ended)
 
     def after(self, step: int) -> float:
-        """Seconds left after `step`, which has just ended; NaN while a single step tells nothing yet."""
+        """Return the seconds left after `step`, which has just ended; NaN while a single step is known."""
         self._num_updates += 1
         if self._recent and step <= self._recent[-1][0]:
             self._recent.clear()  # rewound to an earlier checkpoint
         self._recent.append((step, self._clock()))
-        # The first steps allocate and compile: while warming up only the newest counts, later none of them.
+        # The first steps allocate and compile: during warm-up only the newest counts, afterwards none of
+        # them.
         if self._num_updates <= WARM_UP_STEPS and len(self._recent) > 2:
             self._recent.popleft()
         (oldest_step, oldest_time), (newest_step, newest_time) = self._recent[0], self._recent[-1]
@@ -158,7 +162,7 @@ class RemainingTime:
 
 
 def _has_no_width(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal of 0 columns, as some containers make them: no bar would fit."""
+    """Return whether `stream` is a terminal of 0 columns, as in some containers: no bar would fit."""
     try:
         return os.get_terminal_size(stream.fileno()).columns == 0
     except OSError:  # not a terminal at all
@@ -166,7 +170,7 @@ def _has_no_width(stream: TextIO) -> bool:
 
 
 def _figures(row: Row) -> list[str]:
-    """The figures of a training row, each as `name value`."""
+    """Return the figures of a training row, each as `name value`."""
     figures = [
         f"loss {row['loss']:.3f}",
         f"lr {row['learning_rate']:.1e}",

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, what state the run is in, what happened to it."""
+"""The folder of a run: its files, the state of the run, and its events."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ State = Literal["running", "completed", "preempted", "failed"]
 
 
 class RunDirectory:
-    """Everything of one run; only rank 0 writes in it through this class.
+    """The files of one run; only rank 0 writes in it through this class.
 
-    Creates the folder and proves that it can be written, or raises a user error for `run.dir`;
-    `create=False` only names the paths, for other ranks and for readers.
+    Creates the folder and checks that it can be written, or raises a user error for `run.dir`; `create=False`
+    only names the paths, for other ranks and for readers.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
@@ -40,28 +40,28 @@ class RunDirectory:
             _create_writable(path)
 
     def write_config(self, text: str) -> None:
-        """`config.yaml`: the resolved configuration."""
+        """Write `config.yaml`: the resolved configuration."""
         write_atomically(self.config_path, text.encode())
 
     def write_environment(self, extra: Mapping[str, object]) -> None:
-        """`environment.json`: versions, machine, commit and command line, and `extra` beside them."""
+        """Write `environment.json`: versions, machine, commit, command line, and the entries of `extra`."""
         environment = _plain(describe_environment() | dict(extra))
         write_atomically(self.environment_path, json.dumps(environment, indent=2).encode() + b"\n")
 
     def write_status(self, state: State, reason: str, **fields: object) -> None:
-        """`status.json`: what the run is doing and why, and any `fields` worth telling."""
+        """Write `status.json`: what the run is doing and why, with any further `fields`."""
         status = {"state": state, "reason": reason, "time": utc_now(), **_plain(fields)}
         write_atomically(self.status_path, dump_line(status))
 
     def read_status(self) -> dict[str, Any] | None:
-        """What `write_status` wrote last; None when the run has never written any."""
+        """Return what `write_status` wrote last; None when the run has never written any."""
         try:
             return load_line(self.status_path.read_bytes())
         except FileNotFoundError:
             return None
 
     def last_sign(self) -> float | None:
-        """When the run last wrote a row or an event, in seconds since the epoch; None if it never has."""
+        """Return when the run last wrote a row or an event, in seconds since the epoch; None if never."""
         times = [_modified(path) for path in (self.metrics_path, self.events_path)]
         return max((time for time in times if time), default=None)
 
@@ -70,7 +70,7 @@ class RunDirectory:
         append_line(self.events_path, event_row(kind, reason, **fields))
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, oldest first. A line that a kill tore says nothing any more and is left out."""
+        """Return all events, oldest first. A line truncated by a kill is left out."""
         events = []
         if self.events_path.exists():
             for line in self.events_path.read_bytes().splitlines():
@@ -84,17 +84,17 @@ def _modified(path: Path) -> float | None:
 
 
 def event_row(kind: str, reason: str, **fields: object) -> dict[str, Any]:
-    """A line of `events.jsonl`."""
+    """Return a line of `events.jsonl`."""
     return {"time": utc_now(), "kind": kind, "reason": reason, **_plain(fields)}
 
 
 def utc_now() -> str:
-    """The time in UTC, ISO 8601, to the millisecond: 2025-01-31T12:00:00.000+00:00."""
+    """Return the time in UTC, ISO 8601, to the millisecond: 2025-01-31T12:00:00.000+00:00."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _plain(fields: Mapping[str, object]) -> dict[str, Any]:
-    """`fields` with text for what JSON cannot hold (NaN, paths): the report of a fault must never be one."""
+    """Return `fields` with text for values that JSON cannot hold (NaN, paths): reporting must not fail."""
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str), parse_constant=str)
     return plain
 
@@ -103,7 +103,7 @@ def _create_writable(path: Path) -> None:
     probe = path / ".writable"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A real write: permission bits say nothing for root, on read-only mounts or on squashed NFS.
+        # A real write: permission bits mean nothing for root, on read-only mounts or on squashed NFS.
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:

@@ -13,14 +13,14 @@ from typing import BinaryIO
 from distllm.config.problems import user_error
 
 LOCK = ".lock"
-WAIT_SECONDS = 5.0  # a job that a scheduler or an agent restarts may meet its dying predecessor
+WAIT_SECONDS = 5.0  # a job restarted by a scheduler or agent may start before the old one has ended
 
 
 class RunLock:
-    """Held by rank 0 from before it looks into the run directory until it ends, however it ends.
+    """A lock that rank 0 holds from before it reads the run directory until it ends, however it ends.
 
-    A POSIX record lock: the kernel frees it with the process, and NFS and Lustre know it across machines. A
-    file system without locks is taken as it is, since nothing can be known there.
+    A POSIX record lock: the kernel frees it with the process, and NFS and Lustre support it across machines.
+    On a file system without locks the job runs unprotected, since nothing can be checked there.
     """
 
     def __init__(self, run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> None:

@@ -1,4 +1,4 @@
-"""Where rows go: `metrics.jsonl` always, TensorBoard and W&B when asked for. Rank 0 only."""
+"""The destinations of rows: `metrics.jsonl` always, TensorBoard and W&B on request. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from distllm.metrics.run_directory import RunDirectory
 
 
 class MetricsWriter:
-    """Writes every row to all sinks; after a resume each step stands in them once.
+    """Writes every row to all sinks; after a resume each step is in them once.
 
     resume_step: updates that the loaded checkpoint holds; 0 when training starts from scratch, which drops
         every earlier row. Call before the first new row.
     config: the resolved configuration, for W&B.
-    warn: told when the disk is full; training goes on.
+    warn: called with a message when the disk is full; training continues.
     lost_work: what was dropped.
-    Raises a user error when W&B is wanted but not installed, or `metrics.jsonl` is damaged.
+
+    Raises a user error when W&B is requested but not installed, or `metrics.jsonl` is damaged.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class MetricsWriter:
     ) -> None:
         self._warn = warn
         self._rows = PatientLines(run.metrics_path, warn)
-        start_wandb = require_wandb() if wandb else None  # refuse before any row is dropped
+        start_wandb = require_wandb() if wandb else None  # fails before any row is dropped
         self.lost_work = drop_rows_after(run.metrics_path, resume_step)
         self._run = run
         self._event_file = EventFile(run.tensorboard_path, resume_step) if tensorboard else None
@@ -54,16 +55,16 @@ class MetricsWriter:
             )
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """One training or validation row; it must have `step`. Visible to readers when this returns."""
+        """Write one training or validation row; it must have `step`. Visible to readers when this returns."""
         self._rows.append(row)
         step, scalars = int(row["step"]), {tag(name): row[name] for name in row if name != "step"}
         self._write_event(scalars, step)
         if self._wandb_run:
-            # W&B refuses steps that it has seen: after a rewind it keeps the first value of each.
+            # W&B rejects steps that it has seen: after a rewind it keeps the first value of each.
             self._wandb_run.log(scalars, step=step)
 
     def rewind(self, step: int) -> LostWork:
-        """Forget the rows after `step`, which training goes back to."""
+        """Drop the rows after `step`, to which training returns."""
         self._rows.flush()
         lost = drop_rows_after(self._run.metrics_path, step)
         if self._event_file:
@@ -72,16 +73,16 @@ class MetricsWriter:
         return lost
 
     def _write_event(self, scalars: Mapping[str, float], step: int) -> None:
-        """TensorBoard's file only repeats metrics.jsonl: where the disk refuses it, it ends."""
+        """Write to TensorBoard's file, which only repeats metrics.jsonl: a disk error closes it."""
         if self._event_file:
             try:
                 self._event_file.write(scalars, step)
             except OSError as error:
                 self._event_file = None
-                self._warn(f"{error}; TensorBoard's curves end at step {step}, metrics.jsonl goes on")
+                self._warn(f"{error}; TensorBoard's curves end at step {step}, metrics.jsonl continues")
 
     def close(self) -> None:
-        """Finish the sinks; again it does nothing. OSError where rows are left that cannot be written."""
+        """Close the sinks; a second call does nothing. OSError where waiting rows cannot be written."""
         self._rows.flush()
         if self._event_file:
             self._event_file.close()
@@ -91,15 +92,15 @@ class MetricsWriter:
 
 
 def tag(name: str) -> str:
-    """Name of a row's value in TensorBoard and W&B: `train/loss`, `validation/bits_per_byte`."""
+    """Return the name of a row's value in TensorBoard and W&B: `train/loss`, `validation/bits_per_byte`."""
     prefix = "validation_"
     return f"validation/{name.removeprefix(prefix)}" if name.startswith(prefix) else f"train/{name}"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a `metrics.jsonl`, NaN and infinity as written; none when there is no file.
+    """Return all rows of a `metrics.jsonl`, NaN and infinity as written; none when there is no file.
 
-    A last line torn by a kill is left out; any other damage is a user error naming the line.
+    A last line truncated by a kill is left out; any other damage is a user error naming the line.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
@@ -115,14 +116,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class LostWork:
-    """Steps that are done again, and the seconds that they took."""
+    """Steps that are repeated, and the seconds that they took."""
 
     steps: int = 0
     seconds: float = 0.0
 
 
 def drop_rows_after(path: Path, resume_step: int) -> LostWork:
-    """Rewrite `path` atomically without the rows after `resume_step` and without a torn last line."""
+    """Rewrite `path` atomically without the rows after `resume_step` and without a truncated last line."""
     if not path.exists():
         return LostWork()
     rows = read_rows(path)
@@ -133,9 +134,10 @@ def drop_rows_after(path: Path, resume_step: int) -> LostWork:
 
 
 def require_wandb() -> Any:
-    """`wandb.init`, or a user error when W&B is not installed; for checks before the job starts, too."""
+    """Return `wandb.init`; a user error when W&B is not installed. Also checked before a job starts."""
     try:
-        # Not `import wandb`: where it is not installed, a folder ./wandb of earlier runs would pass for it.
+        # Not `import wandb`: where it is not installed, a folder ./wandb of earlier runs would be imported
+        # instead.
         from wandb import init
     except ImportError as error:
         rule = "needs the package wandb, which is not installed"
@@ -145,7 +147,7 @@ def require_wandb() -> Any:
 
 
 def _wandb_run_id(path: Path, resume_step: int) -> str:
-    """The id of the W&B run to go on with; a new one when training starts from scratch."""
+    """Return the id of the W&B run to continue; a new one when training starts from scratch."""
     if resume_step > 0 and path.exists():
         return path.read_text().strip()
     run_id = uuid.uuid4().hex[:8]

@@ -1,4 +1,4 @@
-"""The two blocks of text around a run: what will happen and why, what came of it. Pure, at most 100 wide."""
+"""The text blocks before and after a run: what will run and why, and the result. Pure, at most 100 wide."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ ZERO_STAGES = (
 
 @dataclass(frozen=True)
 class StartFacts:
-    """What is known when training starts.
+    """The facts known when training starts.
 
-    grid: the layout, drawn; may have several lines. precision: as `train.precision`.
-    num_parameters: of the whole model, shared ones once. steps: updates in all; resume_step: those done
-    already. training_tokens: in the training split, once through. source_epochs: of each source of a mixture,
-    its share of all samples and how often they go through it.
-    memory_bytes_per_rank: estimate, item by item, for the fullest rank.
+    grid: the layout, drawn; may have several lines.
+    precision: as `train.precision`.
+    num_parameters: of the whole model, shared ones once.
+    steps: updates in all; resume_step: those done already.
+    training_tokens: in the training split, once through.
+    source_epochs: of each source of a mixture, its fraction of all samples and how often they go through it.
+    memory_bytes_per_rank: estimate, item by item, for the rank that needs most.
     resumed_from: the checkpoint, None for a start from scratch.
     """
 
@@ -57,12 +59,15 @@ class StartFacts:
 
 @dataclass(frozen=True)
 class EndFacts:
-    """What is known when training ends.
+    """The facts known when training ends.
 
-    loss: training, at the last step; validation_loss: both nats per token. None where nothing was measured.
-    gzip_bits_per_byte: `gzip -9` on the text of the validation. seconds: of this process.
-    tokens_per_second: mean over these seconds. goodput: what became of all of the run's time. files: what
-    lies where, by name. sample: generated text.
+    loss: training, at the last step; validation_loss: both nats per token. None where not measured.
+    gzip_bits_per_byte: `gzip -9` on the text of the validation.
+    seconds: of this process.
+    tokens_per_second: mean over these seconds.
+    goodput: the account of all of the run's time.
+    files: the paths of results, by name.
+    sample: generated text.
     """
 
     step: int
@@ -79,7 +84,7 @@ class EndFacts:
 
 
 def start_summary(facts: StartFacts) -> str:
-    """What will run, with the arithmetic behind it."""
+    """Describe what will run, with the arithmetic behind it."""
     sections = {
         "model": _model(facts),
         "precision": facts.precision,
@@ -89,14 +94,14 @@ def start_summary(facts: StartFacts) -> str:
             facts.global_batch_size, facts.micro_batch_size, facts.data_parallel, facts.seq_length
         ),
         "training": _training(facts),
-        "memory": "estimate for the fullest rank\n" + _memory(facts.memory_bytes_per_rank),
+        "memory": "estimate for the rank that needs most\n" + _memory(facts.memory_bytes_per_rank),
         "run": f"{facts.run_dir}\n" + _resume(facts),
     }
     return block("distllm: training starts", sections)
 
 
 def end_summary(facts: EndFacts) -> str:
-    """What came of the run and where it lies."""
+    """Describe the result of the run and where its files are."""
     speed = f"in {duration(facts.seconds)}, {rate(facts.tokens_per_second)}"
     sections = {
         "steps": f"{facts.step:,} of {facts.steps:,} {speed}",
@@ -129,7 +134,7 @@ def _zero(facts: StartFacts) -> str:
 def batch_arithmetic(
     global_batch_size: int, micro_batch_size: int, data_parallel: int, seq_length: int
 ) -> str:
-    """How sequences and tokens of a step come about."""
+    """Explain how many sequences and tokens a step has."""
     sequences = plural(global_batch_size, "sequence")
     factors = (
         plural(global_batch_size // (micro_batch_size * data_parallel), "microbatch", "es"),
@@ -165,7 +170,7 @@ def _memory(items: Mapping[str, int]) -> str:
 def _resume(facts: StartFacts) -> str:
     if facts.resumed_from is None:
         return "from scratch"
-    return f"goes on after step {facts.resume_step:,} of {facts.steps:,}, from {facts.resumed_from}"
+    return f"continues after step {facts.resume_step:,} of {facts.steps:,}, from {facts.resumed_from}"
 
 
 def _losses(facts: EndFacts) -> str:
@@ -184,7 +189,7 @@ def _compression(facts: EndFacts) -> str:
 
 
 def _sample(text: str) -> str:
-    """The sample, wrapped. Control characters are escaped: a model may well write a terminal's commands."""
+    """Wrap the generated text. Control characters are escaped: a model may produce terminal commands."""
     printable = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text.expandtabs(4))
     lines: list[str] = []
     for line in printable.split("\n"):

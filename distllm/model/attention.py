@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from distllm.model.blocked_attention import blocked_attention
 from distllm.model.kernels import AS_WRITTEN, Kernels
 
-# Where it has this argument (not in torch 2.11), it refuses grouped queries without it.
+# PyTorch versions that have this argument (not 2.11) reject grouped queries without it.
 VARLEN_TAKES_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -41,10 +41,11 @@ class CausalAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
-        """query: [seq, batch, heads/tp, head_dim]; key, value: [seq, batch, groups/tp, head_dim].
+        """Return the context, [seq, batch, heads/tp * head_dim].
 
+        query: [seq, batch, heads/tp, head_dim]; key, value: [seq, batch, groups/tp, head_dim].
         attention_mask: none, or where documents begin, [num_documents + 1] integers: see
-        attention_in_documents. Returns [seq, batch, heads/tp * head_dim].
+            attention_in_documents.
         """
         seq, batch, heads, head_dim = query.shape
         if attention_mask is None:
@@ -64,15 +65,21 @@ class CausalAttention(nn.Module):
 
 
 def are_blocks_faster(query: Tensor) -> bool:
-    """query: [seq, batch, heads, head_dim]. Measured with heads of 64: in bf16 1.3 x at 512 tokens and 1.1 x
-    at 2,048, compiled 1.9 x and 1.3 x; in fp32 1.2 x and 0.7 x; with heads of 32 and 256 tokens slower."""
+    """Return whether our blocks are faster than PyTorch's kernel for query [seq, batch, heads, head_dim].
+
+    Measured speed-ups with heads of 64: in bf16 1.3 x at 512 tokens and 1.1 x at 2,048, compiled 1.9 x and
+    1.3 x; in fp32 1.2 x and 0.7 x; with heads of 32 and 256 tokens slower.
+    """
     seq, head_dim = query.size(0), query.size(3)
     is_large = query.device.type == "cpu" and head_dim >= 64 and seq >= 512
     return is_large and (query.dtype == torch.bfloat16 or seq <= 1024)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """query: [batch, heads, seq, head_dim]; key, value: [batch, groups, seq, head_dim]."""
+    """Attend over whole sequences.
+
+    query: [batch, heads, seq, head_dim]; key, value: [batch, groups, seq, head_dim].
+    """
     is_grouped = key.size(1) != query.size(1)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
@@ -82,10 +89,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 def attention_in_documents(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None
 ) -> Tensor:
-    """Causal attention inside each document. query: [tokens, heads, head_dim]; key, value: [tokens, groups,
-    head_dim]; starts: [num_documents + 1] int32, from 0 to tokens.
+    """Compute causal attention inside each document.
 
-    longest: no document has more tokens. A bound is enough, so that nothing waits for the device to say more.
+    query: [tokens, heads, head_dim]; key, value: [tokens, groups, head_dim].
+    starts: [num_documents + 1] int32, from 0 to tokens.
+    longest: an upper bound of the tokens of a document. An exact figure would have to be read from the
+        device, which would make the host wait.
     """
     if not has_varlen_kernel(query):
         return attention_by_document(query, key, value, starts, scale)
@@ -107,7 +116,7 @@ def attention_in_documents(
 
 
 def has_varlen_kernel(query: Tensor) -> bool:
-    """Whether FlashAttention takes these heads: half precision on a GPU from Ampere on."""
+    """Return whether FlashAttention supports these heads: half precision on a GPU from Ampere on."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -120,7 +129,7 @@ def has_varlen_kernel(query: Tensor) -> bool:
 def attention_by_document(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None
 ) -> Tensor:
-    """The same, one kernel call per document. The host needs their lengths: on a GPU it waits for them."""
+    """Do the same, one kernel call per document. The host reads their lengths: on a GPU it waits for them."""
     lengths = starts.diff().tolist()
     contexts = []
     # Not slices: the backward pass of each would fill a gradient of all tokens; that of `split` is one copy.

@@ -1,4 +1,4 @@
-"""Causal attention for processors, out of matrix products over blocks of the scores.
+"""Causal attention for CPUs, as matrix products over blocks of the scores.
 
 PyTorch's own kernel for CPUs (2.13) does its small products at a third of the rate of large ones. Here the
 scores of a block of queries against all keys before them are one product, over as many heads as the cache
@@ -20,7 +20,11 @@ from distllm.model.kernels import AS_WRITTEN, Kernels
 
 @dataclass(frozen=True)
 class BlockSize:
-    """queries: rows of a block. scores: of all heads together, at most, but for one group of heads."""
+    """The size of a block.
+
+    queries: its rows.
+    scores: of all heads together, at most; one group of heads may have more.
+    """
 
     queries: int
     scores: int
@@ -33,9 +37,13 @@ BLOCK_SIZES = {torch.float32: BlockSize(64, 1 << 18), torch.bfloat16: BlockSize(
 def blocked_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, kernels: Kernels = AS_WRITTEN
 ) -> Tensor:
-    """query: [seq, batch, heads, head_dim]; key, value: [seq, batch, groups, head_dim]. Returns the shape of
-    query. Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products on a CPU
-    have no fp32 output; Megatron's attention without fused kernels does the same."""
+    """Return the context, of the shape of query.
+
+    query: [seq, batch, heads, head_dim]; key, value: [seq, batch, groups, head_dim].
+
+    Softmax and sums over keys are in fp32. In bf16 a score is rounded to it, since products on a CPU have no
+    fp32 output; Megatron's attention without fused kernels does the same.
+    """
     seq, batch, num_groups, head_dim = key.shape
     by_group = query.reshape(seq, batch * num_groups, -1, head_dim)
     keys, values = (x.reshape(seq, batch * num_groups, head_dim) for x in (key, value))
@@ -44,11 +52,13 @@ def blocked_attention(
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """query: [seq, groups, heads per group, head_dim]; key, value: [seq, groups, head_dim]: groups of all
-    sequences of the batch, since to a product they are alike.
+    """Attention over groups of all sequences of the batch, which a product treats alike.
 
-    The scale is multiplied into keys where these are copied anyway. A product copies what does not lie in
-    memory as it wants it, every time: so both factors do, but for being parts of longer sequences.
+    query: [seq, groups, heads per group, head_dim]; key, value: [seq, groups, head_dim].
+
+    The scale is multiplied into keys where these are copied anyway. A product copies a factor whose memory
+    layout does not suit it, at every call, so both factors are stored suitably, but for being parts of longer
+    sequences.
     """
 
     @staticmethod
@@ -75,7 +85,7 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, context, normalizer = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-        # Of each row, what the softmax takes off all of its gradients (the D of the paper).
+        # For each row, the term that the softmax subtracts from all of its gradients (the D of the paper).
         offset = ctx.kernels.row_dot(grad_context, context)  # [seq, groups, heads per group]
         for part in _parts(query):
             queries, grads = _rows(query[:, part]), _rows(grad_context[:, part])
@@ -104,12 +114,12 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[seq, groups, heads per group, ...] -> [groups, heads per group, seq, ...], a view."""
+    """View [seq, groups, heads per group, ...] as [groups, heads per group, seq, ...]."""
     return x.movedim(0, 2)
 
 
 def _parts(query: Tensor) -> Iterator[slice]:
-    """All groups, as many at once as the scores of one block allow."""
+    """Yield all groups, as many at once as the scores of one block allow."""
     seq, num_groups, heads_per_group, _ = query.shape
     block = BLOCK_SIZES[query.dtype]
     size = max(1, block.scores // (heads_per_group * block.queries * seq))
@@ -124,13 +134,17 @@ def _blocks(query: Tensor) -> Iterator[slice]:
 
 
 def _product(weights: Tensor, columns: Tensor) -> Tensor:
-    """[groups, heads per group, rows, n] and [groups, n, m] -> [groups, heads per group, rows, m]."""
+    """Multiply [groups, heads per group, rows, n] by [groups, n, m] to [groups, heads per group, rows, m]."""
     return torch.bmm(weights.flatten(1, 2), columns).unflatten(1, weights.shape[1:3])
 
 
 def _add_product(total: Tensor, weights: Tensor, rows: Tensor) -> None:
-    """total += weights^T rows. total: fp32 [groups, seen, head_dim]; weights: [groups, heads per group, rows,
-    seen]; rows: [groups, heads per group * rows, head_dim]."""
+    """Add weights^T rows to total.
+
+    total: fp32 [groups, seen, head_dim].
+    weights: [groups, heads per group, rows, seen].
+    rows: [groups, heads per group * rows, head_dim].
+    """
     transposed = weights.flatten(1, 2).transpose(1, 2)
     if rows.dtype == torch.float32:
         total.baddbmm_(transposed, rows)

@@ -1,4 +1,4 @@
-"""The model of this rank, built and initialised."""
+"""Build and initialise the model of this rank."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ from distllm.model.spec import block_spec, transformer_config
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """chunks: this rank's parts of the model, one unless the pipeline is interleaved. places: where each of
-    their parameters lies in the whole."""
+    """The model of this rank.
+
+    chunks: this rank's parts of the model, one unless the pipeline is interleaved.
+    places: the place of each of their parameters in the whole.
+    """
 
     chunks: list[nn.Module]
     places: dict[nn.Parameter, Place]
@@ -43,14 +46,14 @@ def build_model(
 ) -> BuiltModel:
     """Build this rank's part of the model on `device` and give it its initial weights.
 
-    warn: is told, in the first step, what `train.compile` asks for and cannot be compiled.
+    warn: called in the first step with what `train.compile` requests and cannot be compiled.
 
     A chunk takes tokens and positions, both [batch, seq], and where documents begin in them, [num_documents +
     1] int32, or None: attention then stays inside documents, not sequences. The last chunk returns a loss
     where labels are given (see GPT), else logits, [batch, seq, padded_vocab/tp]; other chunks return
     activations, [seq (/tp), batch, hidden].
     """
-    # Megatron Core wants its random states to exist, even where nothing is drawn from them.
+    # Megatron Core requires its random states, even where nothing is drawn from them.
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
     megatron_config = transformer_config(config, device)
     num_rows = config.model.padded_vocab_size(vocab_size)

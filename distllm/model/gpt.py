@@ -14,8 +14,11 @@ from distllm.model.rotary import RotaryTables
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Megatron's, which also computes the loss. Inside of its `forward`, since ZeRO-3 gathers a module's
-    weights where the module is called, and nowhere else."""
+    """Megatron's output layer, which also computes the loss.
+
+    It does so inside of its `forward`, since ZeRO-3 gathers a module's weights where the module is called,
+    and nowhere else.
+    """
 
     num_tokens_in_vocabulary: int
     kernels: Kernels = AS_WRITTEN
@@ -28,7 +31,7 @@ class OutputLayer(ColumnParallelLinear):
         labels: Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Any:
-        """See `linear_cross_entropy`; without labels the logits, as Megatron's."""
+        """Return the loss, see `linear_cross_entropy`; without labels the logits, as Megatron's does."""
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
         weight = self.weight if weight is None else weight
@@ -49,7 +52,7 @@ class GPT(GPTModel):
 
     def __init__(self, *args: Any, vocab_size: int, padded_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, vocab_size=padded_vocab_size, **kwargs)
-        # Megatron 0.16.1 builds both by name; there is no other way to have our own.
+        # Megatron 0.16.1 looks both classes up by name; there is no other way to replace them.
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.__class__ = RotaryTables
         if self.post_process:

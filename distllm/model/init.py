@@ -1,8 +1,8 @@
 """Initial weights from the seed and the parameter's canonical name: equal under every layout.
 
-A rank draws the whole parameter and keeps its part, so that no layout, no order of construction and no
-number of ranks shows in the weights. Values are drawn on the parameter's device: equal on all GPUs and
-equal on all CPUs, but not equal between the two kinds.
+A rank draws the whole parameter and keeps its part, so that the weights do not depend on the layout, the
+order of construction or the number of ranks. Values are drawn on the parameter's device: equal on all GPUs
+and equal on all CPUs, but not equal between the two kinds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from distllm.layout.place import Place
 def initialize_weights(
     entries: Mapping[nn.Parameter, Parameter], places: Mapping[nn.Parameter, Place], seed: int
 ) -> None:
-    """Fill every parameter in place, as its entry says (Radford et al. 2019, section 2.3; Llama uses the same
-    scheme)."""
+    """Fill every parameter in place, as its entry says.
+
+    Radford et al. 2019, section 2.3; Llama uses the same scheme.
+    """
     for parameter, entry in entries.items():
         if entry.is_constant:
             parameter.fill_(entry.initial)

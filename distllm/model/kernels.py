@@ -1,7 +1,7 @@
-"""What the model does between its matrix products; as written, or compiled into one kernel each.
+"""The model's operations between its matrix products; as written, or compiled into one kernel each.
 
-Regions, not whole layers: these functions hold no parameter, hook or collective, so that compiling them can
-change nothing about ZeRO, tensor parallelism or recomputation, and takes seconds.
+Regions, not whole layers: these functions hold no parameter, hook or collective, so that compiling them
+cannot affect ZeRO, tensor parallelism or recomputation, and takes seconds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) * weight over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Return x / rms(x) * weight over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """[..., 2 * ffn], gate and up -> silu(gate) * up, [..., ffn] (Shazeer 2020, arXiv:2002.05202)."""
+    """Map gate and up, [..., 2 * ffn], to silu(gate) * up, [..., ffn] (Shazeer 2020, arXiv:2002.05202)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -31,11 +31,13 @@ def swiglu(x: Tensor) -> Tensor:
 def split_heads(
     mixed: Tensor, num_groups: int, head_dim: int, cos_sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value out of one projection, query and key rotated by their positions.
+    """Split one projection into query, key and value; rotate query and key by their positions.
 
     mixed: [seq, batch, groups * (heads/groups + 2) * head_dim], the queries of a group, its key, its value.
     cos_sin: [2, seq, 1, 1, head_dim/2] (RoFormer, arXiv:2104.09864, in GPT-NeoX's order of dims), or None for
-    no rotation. Returns [seq, batch, heads, head_dim], and twice [seq, batch, groups, head_dim].
+        no rotation.
+
+    Returns [seq, batch, heads, head_dim], and twice [seq, batch, groups, head_dim].
     """
     seq, batch, _ = mixed.shape
     by_group = mixed.view(seq, batch, num_groups, -1)
@@ -54,7 +56,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - largest), in their place, and its sums over rows, in fp32.
+    """Compute exp(logits - largest) in place; return it and its sums over rows, in fp32.
 
     logits: [tokens, vocab/tp]; largest: [tokens].
     """
@@ -63,11 +65,12 @@ def exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def causal_exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the place of the scores exp(score - largest of the row), or 0 for keys in the future; its sums over
-    rows; and the largest score of each.
+    """Compute exp(score - largest of the row) in place, 0 for keys in the future.
 
-    scores: [groups, heads per group, rows, seen], of the last `rows` of `seen` tokens. Returns as much, and
-    twice [groups, heads per group, rows, 1] in fp32.
+    scores: [groups, heads per group, rows, seen], of the last `rows` of `seen` tokens.
+
+    Returns these, their sums over rows and the largest score of each row, the latter two [groups, heads per
+    group, rows, 1] in fp32.
     """
     result = _hide_future(scores.float())
     largest = result.amax(-1, keepdim=True)
@@ -78,11 +81,11 @@ def causal_exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def causal_gradients(
     scores: Tensor, grads: Tensor, normalizer: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(probabilities, gradients of the scores), in the places of the scores and of `grads`.
+    """Compute (probabilities, gradients of the scores), in place of the scores and of `grads`.
 
-    scores, grads: [groups, heads per group, rows, seen], the second of the probabilities. normalizer: log of
-    the sum of exp(score); offset: sum of gradient times probability; both [groups, heads per group, rows, 1]
-    in fp32.
+    scores, grads: [groups, heads per group, rows, seen], the second of the probabilities.
+    normalizer: log of the sum of exp(score); offset: sum of gradient times probability; both [groups, heads
+        per group, rows, 1] in fp32.
     """
     probabilities = _hide_future(scores.float()).sub_(normalizer).exp_()
     grad_scores = grads.float().sub_(offset).mul_(probabilities)
@@ -90,7 +93,7 @@ def causal_gradients(
 
 
 def _hide_future(scores: Tensor) -> Tensor:
-    """In place: -inf for keys behind the row's own token."""
+    """Set keys after the row's own token to -inf, in place."""
     rows, seen = scores.shape[-2:]
     future = torch.full((rows, rows), -torch.inf, device=scores.device).triu_(1)
     scores[..., seen - rows :].add_(future)
@@ -98,13 +101,13 @@ def _hide_future(scores: Tensor) -> Tensor:
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y over the last dim, in fp32."""
+    """Return the sum of x * y over the last dim, in fp32."""
     return (x.float() * y.float()).sum(-1)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions above, or what stands in for them."""
+    """The functions above, or their replacements."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     swiglu: Callable[[Tensor], Tensor] = swiglu
@@ -119,7 +122,7 @@ AS_WRITTEN = Kernels()
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
-    """In the training steps of `model`; elsewhere shapes vary, and kernels run as they are written."""
+    """Use `kernels` in training steps of `model`; elsewhere shapes vary, and uncompiled kernels run."""
     modules: Any = model.modules()
     for module in modules:
         if hasattr(module, "kernels"):
@@ -127,12 +130,12 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
 
 
 def compiled(warn: Callable[[str], None]) -> Kernels:
-    """Compiled where the first call of each succeeds; else as written, which `warn` is told.
+    """Return compiled kernels; one whose first call fails runs as written, and `warn` reports it.
 
-    For the steps of training, whose shapes never change: every further shape would be compiled anew, but for
-    blocks of scores. Kernels are kept on disk, in TORCHINDUCTOR_CACHE_DIR.
+    They are for training steps, whose shapes never change: every further shape would be compiled anew, but
+    for blocks of scores. Kernels are cached on disk, in TORCHINDUCTOR_CACHE_DIR.
     """
-    # Compiling in worker processes would leave them behind, and a forked rank cannot start them.
+    # Worker processes for compiling would outlive it, and a forked rank cannot start them.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     static, dynamic = (partial(_WithFallback, is_dynamic=value, warn=warn) for value in (False, True))
     return Kernels(
@@ -147,7 +150,7 @@ def compiled(warn: Callable[[str], None]) -> Kernels:
 
 
 class _WithFallback:
-    """A compiled function, until it fails."""
+    """A compiled function that falls back to the original when it fails."""
 
     def __init__(self, function: Callable[..., Any], is_dynamic: bool, warn: Callable[[str], None]) -> None:
         self._as_written = function
@@ -159,8 +162,8 @@ class _WithFallback:
             return self._as_written(*arguments)
         try:
             return self._function(*arguments)
-        except Exception as error:  # a missing compiler, or a bug of one: there is no common class
+        except Exception as error:  # a missing compiler, or a compiler bug: there is no common class
             self._function = self._as_written
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._warn(f"{self._as_written.__name__} runs as it is written: not compiled: {reason}")
+            self._warn(f"{self._as_written.__name__} runs uncompiled: {reason}")
             return self._as_written(*arguments)

@@ -15,7 +15,10 @@ from distllm.model.norm import summed_over_sequence
 
 
 class RowParallelLinearWithBias(RowParallelLinear):
-    """Under sequence parallelism the bias is added to parts of the sequence, like a norm (see norm.py)."""
+    """A row-parallel projection with bias.
+
+    Under sequence parallelism the bias is added to parts of the sequence, like a norm (see norm.py).
+    """
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
@@ -23,7 +26,10 @@ class RowParallelLinearWithBias(RowParallelLinear):
 
 
 class Attention(SelfAttention):
-    """Megatron's takes a dozen passes over queries and keys to split, rotate and copy them."""
+    """Attention that splits and rotates in one kernel.
+
+    Megatron's takes a dozen passes over queries and keys to split, rotate and copy them.
+    """
 
     kernels: Kernels = AS_WRITTEN
 
@@ -34,8 +40,11 @@ class Attention(SelfAttention):
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: [seq (/tp), batch, hidden]; attention_mask: see CausalAttention; rotary_pos_emb: the
-        tables of RotaryTables. Returns as much as it was given, and a bias that is not added yet."""
+        """Return the output, of the shape of hidden_states, and a bias that is not added yet.
+
+        hidden_states: [seq (/tp), batch, hidden]; attention_mask: see CausalAttention; rotary_pos_emb: the
+            tables of RotaryTables.
+        """
         kernels = self.kernels if self.training else AS_WRITTEN
         mixed, _ = self.linear_qkv(hidden_states)  # [seq, batch, (heads + 2 * groups)/tp * head_dim]
         query, key, value = kernels.split_heads(
@@ -50,7 +59,7 @@ class Attention(SelfAttention):
 
 
 class FeedForward(MLP):
-    """Megatron's adds zero to the whole projection before it multiplies."""
+    """A feed-forward network. Megatron's adds zero to the whole projection before it multiplies."""
 
     kernels: Kernels = AS_WRITTEN
 
@@ -59,7 +68,7 @@ class FeedForward(MLP):
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
-        """[seq (/tp), batch, hidden] -> the same, and a bias that is not added yet."""
+        """Map [seq (/tp), batch, hidden] to the same shape, and a bias that is not added yet."""
         kernels = self.kernels if self.training else AS_WRITTEN
         hidden, bias = self.linear_fc1(hidden_states)  # [seq, batch, (2 *) ffn/tp]
         if bias is not None:

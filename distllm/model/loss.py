@@ -1,8 +1,9 @@
-"""Output layer and cross-entropy in one, a chunk of tokens at a time: the logits of a microbatch never exist.
+"""Output layer and cross-entropy fused, a chunk of tokens at a time: a microbatch's logits never exist at
+once.
 
 They would be the largest tensor of the model by far: 4 bytes x vocabulary for each token, and as much again
-for their gradient. The gradients of a chunk are computed right after its losses, while its logits are there
-(as Liger Kernel does, arXiv:2410.10989), so nothing is computed twice.
+for their gradient. The gradients of a chunk are computed right after its losses, while its logits exist (as
+Liger Kernel does, arXiv:2410.10989), so nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from distllm.model.loss_chunks import LOGITS_PER_CHUNK, tokens_per_chunk
 class VocabularyPart:
     """The rows of the output layer that this rank holds.
 
-    first: token of the first row. num_real: rows that are tokens; the others are padding and never
-    predicted. group: tensor-parallel ranks, which hold the other rows.
+    first: token of the first row.
+    num_real: rows that are tokens; the others are padding and never predicted.
+    group: tensor-parallel ranks, which hold the other rows.
     """
 
     first: int
@@ -45,11 +47,13 @@ def linear_cross_entropy(
     sequence_parallel: bool,
     kernels: Kernels = AS_WRITTEN,
 ) -> Tensor:
-    """hidden: [seq (/tp), batch, hidden]; weight: [padded_vocab/tp, hidden]; labels: [batch, seq].
+    """Return the loss of the output layer.
+
+    hidden: [seq (/tp), batch, hidden]; weight: [padded_vocab/tp, hidden]; labels: [batch, seq].
 
     With token_weights, [batch, seq]: the sum of weight * loss, in fp32. Without: the loss of every token in
     nats, [batch, seq] in fp32, the negative of its log-probability. Both have gradients for hidden and
-    weight; those of all tokens cost the logits a second time, in the backward pass.
+    weight; with the losses of all tokens the backward pass computes the logits a second time.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=part.group)
@@ -68,11 +72,11 @@ def linear_cross_entropy(
 
 
 class _WeightedLoss(torch.autograd.Function):
-    """Sum of weight * loss over tokens; gradients are computed on the way forward.
+    """Sum of weight * loss over tokens; gradients are computed in the forward pass.
 
-    With e = exp(logit - largest), n = sum(e) and w the token's weight, the gradient of the logits is
-    (e - n * [is the label]) * w / n. The last factor is the token's, so it is multiplied into what comes out
-    of the one product and goes into the other: the logits themselves are passed over no more.
+    With e = exp(logit - largest), n = sum(e) and w the token's weight, the gradient of the logits is (e - n *
+    [is the label]) * w / n. The last factor is one number per token, so it is multiplied into the output of
+    one product and the input of the other, which saves a further pass over the logits.
     """
 
     @staticmethod
@@ -101,8 +105,11 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The loss of every token. What their gradients are is known in the backward pass only, which computes
-    the logits of each chunk again instead of keeping them."""
+    """The loss of every token.
+
+    The gradients of the losses are known in the backward pass only, which computes the logits of each chunk
+    again instead of keeping them.
+    """
 
     @staticmethod
     def forward(
@@ -141,9 +148,15 @@ def _add_gradients(
 
 @dataclass(frozen=True)
 class _Softmax:
-    """Of a chunk of tokens. exponentials: of this rank's logits, each above its token's largest, [tokens,
-    vocab/tp]. row_of_label: in them, any where is_label_here is false. label_logit: above the largest, too.
-    normalizer: sum of the exponentials of all ranks. All but the first are [tokens]."""
+    """The softmax of a chunk of tokens.
+
+    exponentials: of this rank's logits minus the token's largest, [tokens, vocab/tp].
+    row_of_label: index into them, arbitrary where is_label_here is false.
+    label_logit: minus the largest, too.
+    normalizer: sum of the exponentials of all ranks.
+
+    All but the first are [tokens].
+    """
 
     exponentials: Tensor
     row_of_label: Tensor
@@ -152,20 +165,20 @@ class _Softmax:
     normalizer: Tensor
 
     def losses(self) -> Tensor:
-        """[tokens] in fp32."""
+        """Return [tokens] in fp32."""
         return self.normalizer.log() - self.label_logit
 
     def without_label(self) -> Tensor:
-        """The exponentials, in their place, less the normalizer where the label is."""
+        """Return the exponentials, changed in place: less the normalizer where the label is."""
         row = self.row_of_label[:, None]
-        # The label's own in fp32: where a prediction is sure, the difference is small.
+        # The label's entry is computed in fp32: for a confident prediction the difference is small.
         of_label = (self.label_logit.exp() - self.normalizer).to(self.exponentials.dtype)
         here = torch.where(self.is_label_here, of_label, self.exponentials.gather(1, row)[:, 0])
         return self.exponentials.scatter_(1, row, here[:, None])
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Ranges of tokens, of equal length but for the last."""
+    """Yield ranges of tokens, of equal length but for the last."""
     num_tokens, size = len(hidden), tokens_per_chunk(len(weight), LOGITS_PER_CHUNK)
     for first in range(0, num_tokens, size):
         yield slice(first, min(first + size, num_tokens))

@@ -1,4 +1,4 @@
-"""How many tokens the loss takes at a time (model/loss.py). Pure."""
+"""The number of tokens that the loss takes at a time (model/loss.py). Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in fp32
 
 
 def tokens_per_chunk(num_rows: int, logits_per_chunk: int = LOGITS_PER_CHUNK) -> int:
-    """Tokens whose logits for `num_rows` rows of the output layer are computed at once (model/loss.py)."""
-    return max(1024, logits_per_chunk // num_rows)  # fewer rows would slow the products down
+    """Return the tokens whose logits for `num_rows` rows of the output layer are computed at once."""
+    return max(1024, logits_per_chunk // num_rows)  # with fewer tokens products would be slow
 
 
 def chunks_of_tokens(num_tokens: int, num_rows: int) -> int:
-    """Chunks in which the loss of `num_tokens` is computed."""
+    """Return the number of chunks in which the loss of `num_tokens` is computed."""
     return -(-num_tokens // tokens_per_chunk(num_rows))

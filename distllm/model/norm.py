@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[seq/tp or seq, batch, hidden] -> the same."""
+        """Map [seq/tp or seq, batch, hidden] to the same shape."""
         weight = summed_over_sequence(self.weight, self.sequence_parallel)
         kernels = self.kernels if self.training else AS_WRITTEN
         return kernels.rms_norm(x, weight, self.epsilon)
@@ -47,14 +47,14 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[seq/tp or seq, batch, hidden] -> the same."""
+        """Map [seq/tp or seq, batch, hidden] to the same shape."""
         weight = summed_over_sequence(self.weight, self.sequence_parallel)
         bias = summed_over_sequence(self.bias, self.sequence_parallel)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
 
 def summed_over_sequence(parameter: Tensor, sequence_parallel: bool) -> Tensor:
-    """A parameter that all tensor-parallel ranks apply to their parts of the sequence."""
+    """Return a parameter that all tensor-parallel ranks apply to their parts of the sequence."""
     if not sequence_parallel:
         return parameter
     result: Tensor = copy_to_tensor_model_parallel_region(parameter)

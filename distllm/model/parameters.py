@@ -1,4 +1,4 @@
-"""The table of a model's parameters, put together from what its family says of each part. Pure."""
+"""The table of a model's parameters, assembled from what its family defines for each part. Pure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Table = dict[str, Parameter]  # by canonical name, in the model's order, by whic
 
 @lru_cache(maxsize=32)
 def parameters_of(model: Model, num_rows: int) -> tuple[Parameter, ...]:
-    """Every parameter of the whole model. num_rows: of vocabulary tables."""
+    """Return every parameter of the whole model. num_rows: of vocabulary tables."""
     family = family_of(model)
     layers = (p for number in range(model.num_layers) for p in family.layer(model, number))
     return (*family.embedding(model, num_rows), *layers, *family.head(model, num_rows))
 
 
 def stage_parameters(model: Model, stage: Stage, num_rows: int) -> Table:
-    """What the ranks of a pipeline stage hold parts of.
+    """Return the whole parameters of which the ranks of a pipeline stage hold parts.
 
     A tied output projection on a last stage that is not the first is a copy, under the embedding's name.
     """
@@ -39,14 +39,18 @@ def stage_parameters(model: Model, stage: Stage, num_rows: int) -> Table:
 
 
 def tied_table(embedding: list[Parameter]) -> Parameter:
-    """The table that also is the output projection where that is tied."""
+    """Return the table that is also the output projection where that is tied."""
     return next(parameter for parameter in embedding if parameter.rows == "vocabulary")
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """embedding: token and position tables. layers: all layers and the final norm. output: the projection to
-    the vocabulary, 0 where it is tied to the embedding."""
+    """Numbers of parameters.
+
+    embedding: token and position tables.
+    layers: all layers and the final norm.
+    output: the projection to the vocabulary, 0 where it is tied to the embedding.
+    """
 
     embedding: int
     layers: int
@@ -58,7 +62,7 @@ class ParameterCount:
 
 
 def count_parameters(model: Model, vocab_size: int) -> ParameterCount:
-    """Parameters of the whole model, from its table; without padding of the vocabulary."""
+    """Count parameters of the whole model, from its table; without padding of the vocabulary."""
     family = family_of(model)
     embedding = sum(p.numel for p in family.embedding(model, vocab_size))
     output = sum(p.numel for p in family.head(model, vocab_size) if p.rows == "vocabulary")
@@ -67,5 +71,5 @@ def count_parameters(model: Model, vocab_size: int) -> ParameterCount:
 
 
 def flops_per_token(model: Model, vocab_size: int) -> float:
-    """Floating-point operations of forward and backward pass for one token, as the family counts them."""
+    """Return floating-point operations of forward and backward pass for one token, as the family counts."""
     return family_of(model).flops_per_token(model, vocab_size)

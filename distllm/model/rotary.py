@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class RotaryTables(RotaryEmbedding):
-    """Megatron's gives angles, of which every layer then takes cosine and sine; these are made once."""
+    """Tables of cosines and sines, made once; Megatron's holds angles, from which each layer makes them."""
 
     tables: Tensor | None = None
 
     def forward(self, max_seq_len: int, **_: Any) -> Tensor:
-        """[2, seq, 1, 1, head_dim/2] in fp32: cosines and sines of each position's angles."""
+        """Return [2, seq, 1, 1, head_dim/2] in fp32: cosines and sines of each position's angles."""
         if self.tables is None or self.tables.size(1) < max_seq_len:
             cos, sin = self.get_cos_sin(max_seq_len)
             self.tables = torch.stack([cos, sin])[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Which entry of the table each parameter of this rank's modules is, and where its part lies in the whole."""
+"""Match this rank's parameters with the entries of the table, and locate their parts in the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distllm.model.parameters import Table
 
 
 def match_table(model: GPTModel, table: Table, groups: Groups) -> dict[nn.Parameter, Parameter]:
-    """The entry of every parameter of `model`, in the order of `named_parameters()`.
+    """Return the entry of every parameter of `model`, in the order of `named_parameters()`.
 
     Names are Megatron's with the global layer number. The only tensor that exists under two names is a tied
     output projection on a last stage that is not the first: there it is the embedding's.
@@ -34,8 +34,11 @@ def match_table(model: GPTModel, table: Table, groups: Groups) -> dict[nn.Parame
 
 
 def place_of(entry: Parameter, groups: Groups, is_tied_copy: bool) -> Place:
-    """This rank's part. Replicas over the tensor-parallel ranks count on the first of them, and a tied
-    embedding on the first stage."""
+    """Return the place of this rank's part.
+
+    Of replicas over the tensor-parallel ranks the first counts, and of a tied embedding that on the first
+    stage.
+    """
     local_shape, offsets = entry.local_shape(groups.grid.degrees), [0] * len(entry.shape)
     if entry.cut_dim is not None:
         offsets[entry.cut_dim] = groups.coordinates.of(entry.cut_axis) * local_shape[entry.cut_dim]
@@ -51,10 +54,10 @@ def place_of(entry: Parameter, groups: Groups, is_tied_copy: bool) -> Place:
 
 
 def _mark_cut(tensor: Any, entry: Parameter) -> None:
-    """Say of a parameter along which dim tensor parallelism cuts it.
+    """Mark on a parameter the dim along which tensor parallelism cuts it.
 
-    Megatron Core 0.16.1 says so only while it initialises weights, which it does not do for us. DeepSpeed
-    reads the mark too: its gradient norm counts unmarked parameters once per tensor-parallel group.
+    Megatron Core 0.16.1 sets the mark only while it initialises weights, which it does not do for us.
+    DeepSpeed reads the mark too: its gradient norm counts unmarked parameters once per tensor-parallel group.
     """
     if entry.cut_dim is not None and entry.cut_axis == "tensor":
         tensor.tensor_model_parallel, tensor.partition_dim = True, entry.module_cut_dim
@@ -62,7 +65,7 @@ def _mark_cut(tensor: Any, entry: Parameter) -> None:
 
 
 def _global_layer_name(model: GPTModel, name: str) -> str:
-    """decoder.layers.<index on this stage>... -> decoder.layers.<index in the whole model>..."""
+    """Turn decoder.layers.<index on this stage>... into decoder.layers.<index in the whole model>..."""
     prefix, found, rest = name.partition(".layers.")
     if not found:
         return name

@@ -1,4 +1,4 @@
-"""From our config to Megatron Core's: the transformer config and the specification of a rank's layers."""
+"""Convert our config to Megatron Core's: the transformer config and the specification of a rank's layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
-    """Megatron Core's view of the model; every fusion that needs its CUDA extensions is off."""
+    """Return Megatron Core's config of the model; every fusion that needs its CUDA extensions is off."""
     model, parallel, precision = config.model, config.parallel, config.train.precision
     dtype = DTYPES[precision]
     return TransformerConfig(
@@ -31,11 +31,11 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         account_for_embedding_in_pipeline_split=parallel.embedding_as_layer,
         account_for_loss_in_pipeline_split=parallel.loss_as_layer,
-        # Batched sends name no message: with two stages the previous and the next rank are the same, and
-        # interleaved chunks take each other's activations on gloo, without any error.
+        # Batched sends carry no tag: with two stages the previous and the next rank are the same, and
+        # interleaved chunks receive each other's activations on gloo, without any error.
         batch_p2p_comm=False,
-        # Megatron has it for interleaved stages only. It frees an output while that is still being sent, if
-        # told to free outputs: on gloo other activations arrive, again without any error.
+        # Megatron has it for interleaved stages only. If it frees outputs, it frees one while that is still
+        # being sent: on gloo other activations arrive, again without any error.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         deallocate_pipeline_outputs=parallel.virtual_pipeline == 1,
         **_recompute_arguments(config.recompute),
@@ -65,7 +65,7 @@ def _recompute_arguments(recompute: Recompute) -> dict[str, object]:
 
 
 def block_spec(model: Model, layers_of_chunk: range) -> TransformerBlockSubmodules:
-    """The layers of a model chunk and the final norm (ours too, hence a block spec and not a layer spec)."""
+    """Return the layers of a model chunk and the final norm (ours too, hence not a layer spec)."""
     family = family_of(model)
     layers = [family.layer_spec(model, number) for number in layers_of_chunk]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=family.final_norm(model))

@@ -1,9 +1,9 @@
-"""How many pieces a checkpoint is in, by module, and what it takes to know where they lie. Pure.
+"""The number of a checkpoint's pieces, by module, and the size of their metadata. Pure.
 
-Each rank writes what it holds of a parameter as boxes, once for the weight and once for each state of the
+Each rank writes its part of a parameter as boxes, once for the weight and once for each state of the
 optimizer. A box, here a chunk, is an entry in the `.metadata` of its module, and a reader holds those of one
-module at a time. ZeRO cuts as DeepSpeed 0.19.8 does it; tests/ranks/test_checkpoint_metadata.py compares with
-what ranks write.
+module at a time. ZeRO partitions as DeepSpeed 0.19.8 does; tests/ranks/test_checkpoint_metadata.py compares
+with what ranks write.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from distllm.plan.held import Held
 from distllm.plan.partition import group_partitions
 from distllm.plan.rank_view import rank_views
 
-# As measured (at most 2,250 and 211) and rounded up. In memory: at the peak, which is while it is unpickled;
-# half of it stays.
+# As measured (at most 2,250 and 211) and rounded up. In memory: at the peak, while it is unpickled; half of
+# it stays.
 CHUNK_BYTES_IN_MEMORY = 2400
 CHUNK_BYTES_ON_DISK = 220
 
 
 def chunks_by_module(config: Config, vocab_size: int, grid: Grid) -> Counter[str]:
-    """Entries in the metadata of each module, all ranks and states together."""
+    """Count the entries in the metadata of each module, all ranks and states together."""
     chunks: Counter[str] = Counter()
     for view in rank_views(config, vocab_size, grid):
         ranges = zero_ranges(view.held, config.zero.stage, view.dp_size)
         for name, entry in view.table.items():
             if name == WORD_EMBEDDINGS and not view.stage.is_first:
-                continue  # the tied copy, which the first stage writes
+                continue  # the tied copy, which the first pipeline stage writes
             boxes = sum(_num_boxes(entry.local_shape(grid.degrees), *cut) for cut in ranges[name])
-            is_cut = entry.cut_dim is not None  # else all hold it, and one writes
+            is_cut = entry.cut_dim is not None  # else all ranks hold it, and one writes
             writers = grid.degrees[entry.cut_axis] if is_cut else 1
             chunks[module_of(name)] += view.recipe.tensors_per_parameter * writers * boxes
     return chunks
 
 
 def zero_ranges(held: Held, zero_stage: int, dp_size: int) -> Mapping[str, list[tuple[int, int]]]:
-    """Flat [start, stop) of each parameter that one data-parallel rank each writes."""
+    """Return flat [start, stop) of each parameter, one range for each data-parallel rank that writes it."""
     sizes = {name: math.prod(shape) for name, shape in held.shapes.items()}
     if zero_stage == 0:  # whole, by one of the replicas
         return {name: [(0, numel)] for name, numel in sizes.items()}
@@ -59,14 +59,17 @@ def zero_ranges(held: Held, zero_stage: int, dp_size: int) -> Mapping[str, list[
 
 
 def _equal_parts(numel: int, dp_size: int) -> Iterator[tuple[int, int]]:
-    """Stage 3 cuts each parameter into one part for each rank, as far as it goes."""
+    """Yield ZeRO-3's ranges: equal parts of each parameter, one per rank, as far as its elements last."""
     part = -(-numel // dp_size)
     for start in range(0, numel, part):
         yield start, min(start + part, numel)
 
 
 def _cuts(offset: int, numel: int, part: int) -> Iterator[tuple[int, int]]:
-    """Stages 1 and 2 cut the flat group every `part` elements: where that cuts a parameter at `offset`."""
+    """Yield the ranges of a parameter at `offset` under ZeRO-1 and ZeRO-2.
+
+    They cut the flat group every `part` elements.
+    """
     start = 0
     while start < numel:
         stop = min(numel, part - (offset + start) % part + start)

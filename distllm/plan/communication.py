@@ -1,8 +1,8 @@
-"""What a rank sends in one training step, from shapes alone: calls and bytes by group and collective. Pure.
+"""The messages of a rank in one training step, from shapes: calls and bytes by group and collective. Pure.
 
 The data-parallel group is in plan/zero_communication.py. Every collective of a step is predicted, small ones
-too; tests/ranks/test_communication.py holds the figures against what real steps send. A step after the first:
-DeepSpeed's stage 3 gathers more in its first, while it finds out in which order modules run.
+too; tests/ranks/test_communication.py compares the figures with what real steps send. The figures are for a
+step after the first: DeepSpeed's ZeRO-3 gathers more in its first, while it records the order of modules.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Part = tuple[Transfer, Amount]
 
 
 def rank_traffic(view: RankView, has_weights: bool | None = None) -> dict[Transfer, Amount]:
-    """Of any rank of a stage.
+    """Return the traffic of any rank of a pipeline stage.
 
-    has_weights: whether microbatches have weights of tokens; None means what the configuration makes of data.
+    has_weights: whether microbatches have token weights; None derives it from the data settings.
     """
     sequences = view.config.sequences
     if has_weights is None:
@@ -48,7 +48,7 @@ def rank_traffic(view: RankView, has_weights: bool | None = None) -> dict[Transf
 
 
 def rank_sent_bytes(traffic: Traffic, grid: Grid) -> dict[str, float]:
-    """What a rank puts on the wire, by group."""
+    """Return the bytes that a rank sends over the network, by group."""
     sizes, sent = grid.group_sizes, dict[str, float]()
     for (group, kind), amount in traffic.items():
         sent[group] = sent.get(group, 0.0) + sent_bytes(kind, amount.bytes, sizes[group])
@@ -56,7 +56,7 @@ def rank_sent_bytes(traffic: Traffic, grid: Grid) -> dict[str, float]:
 
 
 def busiest_stage(config: Config, vocab_size: int, grid: Grid) -> int:
-    """The pipeline stage whose ranks send most; among the first, one in the middle and the last."""
+    """Return the pipeline stage whose ranks send most; among the first, one in the middle and the last."""
     last = grid.pipeline - 1
 
     def sent(stage_index: int) -> float:
@@ -67,14 +67,14 @@ def busiest_stage(config: Config, vocab_size: int, grid: Grid) -> int:
 
 
 def _tensor(view: RankView) -> Iterator[Part]:
-    """The tensor-parallel group, for one microbatch.
+    """Yield the collectives of the tensor-parallel group, for one microbatch.
 
-    Without sequence parallelism each layer reduces its activations after both blocks on the way forward and
-    their gradients on the way back: "4 total communication operations" (Shoeybi et al. 2019,
+    Without sequence parallelism each layer reduces its activations after both blocks in the forward pass and
+    their gradients in the backward pass: "4 total communication operations" (Shoeybi et al. 2019,
     arXiv:1909.08053, section 3). With it each of the four becomes an all-gather and a reduce-scatter of the
     same size, and the column-parallel projections gather their inputs once more for the gradients of their
     weights (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2 and appendix B). A layer that is
-    recomputed repeats its way forward.
+    recomputed repeats its forward pass.
     """
     model, stage = view.config.model, view.stage
     element, tokens = BYTES[view.config.train.precision], view.tokens_per_microbatch
@@ -102,17 +102,19 @@ def _tensor(view: RankView) -> Iterator[Part]:
 
 
 def _num_summed_vectors(view: RankView) -> int:
-    """Vectors that all tensor ranks apply to their parts of the sequence, whose gradients are summed
-    (model/norm.py): of norms, and biases of the projections into the residual stream."""
+    """Count the vectors that all tensor ranks apply to their parts of the sequence.
+
+    Their gradients are summed (model/norm.py): norms, and biases of the projections into the residual stream.
+    """
     return sum(entry.kind == "vector" and entry.cut_dim is None for entry in view.table.values())
 
 
 def _pipeline(view: RankView) -> Iterator[Part]:
-    """Activations to the next chunk and gradients to the one before, for each microbatch (Narayanan et al.
-    2021, arXiv:2104.04473, section 4.1: b * s * h; a t-th of it under sequence parallelism), and the loss.
+    """Yield activations to the next chunk and gradients to the one before, per microbatch, and the loss.
 
-    Between two stages Megatron Core sends what goes from the second to the first through the world group, so
-    that both ways overlap (`_p2p_ops` in pipeline_parallel/p2p_communication.py).
+    Narayanan et al. 2021 (arXiv:2104.04473, section 4.1): b * s * h; a t-th of it under sequence parallelism.
+    With two stages Megatron Core sends from the second to the first through the world group, so that both
+    directions overlap (`_p2p_ops` in pipeline_parallel/p2p_communication.py).
     """
     config, parallel, stage_index = view.config, view.config.parallel, view.stage_index
     if parallel.pipeline == 1:
@@ -120,7 +122,7 @@ def _pipeline(view: RankView) -> Iterator[Part]:
     message = view.tokens_per_microbatch * config.model.hidden_size * BYTES[config.train.precision]
     message //= parallel.tensor if parallel.sequence else 1
     chunks = parallel.virtual_pipeline
-    # Of the chunks of this stage: those with one after them, and those with one before them.
+    # The chunks of this stage with one after them, and those with one before them.
     followed = chunks - (stage_index == parallel.pipeline - 1)
     preceded = chunks - (stage_index == 0)
     calls = view.num_microbatches * (followed + preceded)
@@ -133,14 +135,14 @@ def _pipeline(view: RankView) -> Iterator[Part]:
 
 
 def _scalars(has_weights: bool) -> Iterator[Part]:
-    """Loss and the wish to stop (`Engine._combine`); the sum of token weights (engine/objective.py)."""
+    """Yield loss and stop request (`Engine._combine`), and the sum of token weights (engine/objective.py)."""
     yield _call("data", "all_reduce", 2 * BYTES["fp32"], 1)
     yield _call("model", "all_reduce", BYTES["fp32"], 1)
     yield _call("data", "all_reduce", 8, int(has_weights))  # in fp64
 
 
 def _tied(view: RankView) -> Iterator[Part]:
-    """The two copies of a tied embedding on the first and the last stage add up their gradients."""
+    """Yield the sum of the gradients of a tied embedding's two copies, on the first and the last stage."""
     if not view.config.model.tie_embeddings or view.grid.pipeline == 1:
         return
     if view.stage.is_first or view.stage.is_last:

@@ -1,4 +1,4 @@
-"""Which parameters ZeRO-3 gathers in a step, by the rules of DeepSpeed 0.19.8. Pure."""
+"""The parameters that ZeRO-3 gathers in a step, by the rules of DeepSpeed 0.19.8. Pure."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Use = tuple[str, ...]  # the parameters of a module that runs, forward or backwa
 def gathered_parameters(
     view: RankView, num_microbatches: int, max_reuse_numel: int = MAX_REUSE_NUMEL
 ) -> list[int]:
-    """Elements of every parameter that one rank gathers in one step, once for each time.
+    """Return the elements of every parameter that one rank gathers in a step, once for each gather.
 
     `PartitionedParameterCoordinator.__params_to_release`: a parameter stays after its module has run if it is
-    used again before `max_reuse_numel` elements of others are. Prefetching keeps some that come up to
-    `zero.bucket_size` later. Embeddings, whose input has no gradient, are let go after every backward pass
+    used again before `max_reuse_numel` elements of others are. Prefetching keeps some that are used up to
+    `zero.bucket_size` later. Embeddings, whose input has no gradient, are released after every backward pass
     (`release_backward_leftovers`), and so is the copy of a tied one on the last stage, which is no parameter
     of the module that uses it. Parameters up to `zero.persistence_threshold` are gathered once, after the
     update.
@@ -33,11 +33,11 @@ def gathered_parameters(
     before = [0, *accumulate(sum(sizes[name] for name in use) for use, _ in uses)]
     gathered = []
     last_use: dict[Use, tuple[int, bool]] = {}
-    for position, (use, lets_go) in enumerate(uses):
+    for position, (use, always_released) in enumerate(uses):
         last, was_released = last_use.get(use, (-1, True))
         if was_released or before[position] - before[last + 1] >= max_reuse_numel:
             gathered += [sizes[name] for name in use if sizes[name] > threshold]
-        last_use[use] = position, lets_go
+        last_use[use] = position, always_released
     persistent = [size for size in sizes.values() if size <= threshold]
     return gathered + persistent
 
@@ -45,8 +45,10 @@ def gathered_parameters(
 def passes(
     stage_index: int, pipeline: int, num_chunks: int, num_microbatches: int
 ) -> Iterator[tuple[int, bool]]:
-    """(chunk, whether forward) of every pass of a stage in a step, in the order of Megatron Core's 1F1B
-    schedules (pipeline_parallel/schedules.py)."""
+    """Yield (chunk, whether forward) of every pass of a stage in a step.
+
+    In the order of Megatron Core's 1F1B schedules (pipeline_parallel/schedules.py).
+    """
     after = pipeline - stage_index - 1
     total = num_microbatches * num_chunks
     if num_chunks == 1:
@@ -66,7 +68,7 @@ def passes(
 
 
 def _uses(view: RankView, num_microbatches: int) -> Iterator[tuple[Use, bool]]:
-    """Modules in the order in which they run, and whether the use lets its parameters go whatever comes."""
+    """Yield modules in the order in which they run, and whether the use always releases its parameters."""
     num_chunks = len(view.stage.chunks)
     forward, backward = {}, {}
     for chunk in range(num_chunks):
@@ -84,14 +86,15 @@ def _backward(view: RankView, unit: list[Use], chunk: int) -> list[tuple[Use, bo
         layer = int(first.split(".")[2])
         if recompute.num_layers is None or layer - view.stage.chunks[chunk][0] < recompute.num_layers:
             again = unit
-    # A tied output projection lets its table go on a stage of its own; beside the embedding it need not.
-    lets_go = first.startswith("embedding.") or not view.stage.is_first
+    # A tied output projection releases its table on a stage without the embedding; on the same stage it may
+    # keep it.
+    always_released = first.startswith("embedding.") or not view.stage.is_first
     uses = [*again, *reversed(unit)]
-    return [(use, lets_go and use[0].startswith("embedding.")) for use in uses]
+    return [(use, always_released and use[0].startswith("embedding.")) for use in uses]
 
 
 def _units(view: RankView, chunk: int) -> list[list[Use]]:
-    """Of one chunk, in order: embedding, layers, end; each a list of modules with parameters."""
+    """Return a chunk's parts in order: embedding, layers, end; each a list of modules with parameters."""
     stage, shapes = view.stage, view.held.shapes
     units: list[list[Use]] = []
     if stage.is_first and chunk == 0:

@@ -1,19 +1,19 @@
-"""Gradients of one rank as they are really kept, which is more than the ZeRO paper counts. Pure.
+"""Gradient memory of one rank as DeepSpeed uses it, which is more than the ZeRO paper counts. Pure.
 
 The paper (arXiv:1910.02054, table 1) has one gradient per parameter, partitioned from stage 2 on. DeepSpeed
 0.19.8 adds to that, as measured by tests/bench/memory.py (G: bytes of a gradient, N: data-parallel ranks;
 buckets and the gradient that is being computed are not counted):
 
-- Stage 2, unless weights are bf16 and gradients fp32: gradients of a microbatch are collected in a buffer of
-  their own before they are added to those of earlier microbatches: 2G / N instead of G / N. Parameters that
-  the partition's ends cut through count whole. With interleaved chunks it also keeps zeros for those that a
+- Stage 2, unless weights are bf16 and gradients fp32: gradients of a microbatch are collected in a separate
+  buffer before they are added to those of earlier microbatches: 2G / N instead of G / N. Parameters that the
+  partition's ends cut through count whole. With interleaved chunks it also keeps zeros for those that a
   backward pass does not reach, up to half as much again, which is not predicted here.
 - The update, when no activations are left. Stages 1 and 2, unless weights are bf16 and gradients fp32, and
   stage 3: the partition of the larger optimizer group is copied into one flat fp32 tensor beside the
   gradients themselves: 4 / N more. Stage 1 first copies its partition out of the reduced gradients, before it
   frees those: G + G / N, less what has passed through the bucket by then.
 - Offloaded states have fp32 gradients in host memory beside them; stage 3 keeps its gradients there, too, and
-  stage 2, unless weights are bf16 and gradients fp32, adds microbatches up there. Stages 1 and 2 pass the new
+  stage 2, unless weights are bf16 and gradients fp32, adds microbatches there. Stages 1 and 2 pass the new
   weights through a buffer there, and gradients through one of the largest parameter's size.
 """
 
@@ -29,7 +29,7 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 
 def backward_gradients(config: Config, held: Held, dp_size: int) -> int:
-    """Bytes on the device of the parameters `held` while activations are there, at most."""
+    """Return the most bytes on the device for the parameters `held` while activations exist."""
     zero_stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
     if zero_stage == 0:
         return size * held.numel
@@ -45,7 +45,7 @@ def backward_gradients(config: Config, held: Held, dp_size: int) -> int:
 
 
 def update_gradients(config: Config, held: Held, dp_size: int) -> int:
-    """Bytes on the device while the optimizer updates, at most; from the last reduction on."""
+    """Return the most bytes on the device while the optimizer updates, from the last reduction on."""
     zero_stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
     whole = size * held.numel
     if zero_stage == 0:
@@ -63,7 +63,7 @@ def update_gradients(config: Config, held: Held, dp_size: int) -> int:
 
 
 def host_bytes(config: Config, held: Held, dp_size: int) -> int:
-    """Bytes in host memory where states are offloaded, apart from these: gradients and staging buffers."""
+    """Return bytes in host memory beside offloaded states: gradients and staging buffers."""
     zero_stage, working = config.zero.stage, BYTES[config.train.precision]
     part = partition_numel(held, zero_stage, dp_size)
     fp32_gradients = BYTES["fp32"] * part
@@ -75,15 +75,15 @@ def host_bytes(config: Config, held: Held, dp_size: int) -> int:
 
 
 def is_mixed(config: Config) -> bool:
-    """Whether gradients are of higher precision than weights."""
+    """Return whether gradients have higher precision than weights."""
     return config.train.precision != config.train.gradient_accumulation
 
 
 def is_bf16_optimizer(config: Config) -> bool:
-    """Whether DeepSpeed takes BF16_Optimizer: stage 1, bf16 weights, fp32 gradients, nothing offloaded."""
+    """Return whether DeepSpeed uses BF16_Optimizer: ZeRO-1, bf16 weights, fp32 gradients, no offload."""
     return config.zero.stage == 1 and is_mixed(config) and not config.zero.offload_optimizer
 
 
 def _buffers(config: Config, dp_size: int) -> int:
-    """Of gradients: of this microbatch, and of those before it."""
+    """Return the number of gradient buffers: for this microbatch, and for those before it."""
     return min(2, config.train.global_batch_size // (config.train.micro_batch_size * dp_size))

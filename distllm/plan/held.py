@@ -15,8 +15,12 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Held:
-    """shapes: by canonical name, as modules have them, in the model's order, by which ZeRO cuts. group_of:
-    the optimizer's group of each. num_groups: also of those without a parameter."""
+    """The parameters that a rank holds.
+
+    shapes: by canonical name, as modules have them, in the model's order, in which ZeRO partitions them.
+    group_of: the optimizer's group of each.
+    num_groups: groups without a parameter included.
+    """
 
     shapes: Shapes
     group_of: Mapping[str, int]
@@ -28,7 +32,7 @@ class Held:
 
     @property
     def numel_by_group(self) -> list[list[int]]:
-        """Elements of each parameter, in order, of each group."""
+        """Return the elements of each parameter, in order, for each group."""
         groups: list[list[int]] = [[] for _ in range(self.num_groups)]
         for name, shape in self.shapes.items():
             groups[self.group_of[name]].append(math.prod(shape))
@@ -36,7 +40,7 @@ class Held:
 
 
 def held_parameters(table: Table, degrees: Mapping[str, int], recipe: Recipe) -> Held:
-    """A rank's parts of the parameters of `table`. degrees: of parallelism, by axis."""
+    """Return a rank's parts of the parameters of `table`. degrees: of parallelism, by axis."""
     shapes = {name: entry.module_shape(degrees) for name, entry in table.items()}
     group_of = {name: recipe.group_of(entry.is_decayed) for name, entry in table.items()}
     return Held(shapes, group_of, recipe.num_groups)

@@ -1,9 +1,9 @@
 """Memory of one rank, from shapes alone. Pure.
 
 Model states after Rajbhandari et al. 2020 (arXiv:1910.02054, section 3.1), partitioned and padded as
-DeepSpeed 0.19.8 does it, with the further gradients that it keeps (plan/gradients.py). Communication buffers
-(a few times `zero.bucket_size` elements), layers that stage 3 gathers, fragmentation and the libraries
-themselves are not counted. tests/bench/memory.py measures all but the activations.
+DeepSpeed 0.19.8 does, with the further gradients that it keeps (plan/gradients.py). Communication buffers (a
+few times `zero.bucket_size` elements), layers that ZeRO-3 gathers, fragmentation and the libraries themselves
+are not counted. tests/bench/memory.py measures all but the activations.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from distllm.plan.rank_view import RankView, rank_views
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes at the peak of a step. loss: logits of a chunk of tokens, and the gradients that the forward pass
-    computes from them, on the last stage.
+    """Bytes at the peak of a step.
 
-    gradients: beside the activations. optimizer_states: fp32 weights beside the working ones, and what the
-    optimizer keeps of each. update_copies: what the optimizer's update holds in gradients above the
-    gradients, activations and loss that are there before it. host: optimizer states, their gradients and
-    staging buffers, in host memory where `zero.offload_optimizer` puts them; not on the device then.
+    loss: logits of a chunk of tokens, and the gradients that the forward pass computes from them, on the last
+        stage.
+    gradients: held together with the activations.
+    optimizer_states: fp32 copies of the weights, and the optimizer's states of each.
+    update_copies: gradient memory of the optimizer's update beyond the gradients, activations and loss before
+        it.
+    host: optimizer states, their gradients and staging buffers, in host memory where `zero.offload_optimizer`
+        puts them; they are then not on the device.
     """
 
     weights: int
@@ -47,12 +50,12 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Return the total on the device."""
         return sum(asdict(self).values()) - self.host
 
 
 def rank_memory(view: RankView) -> RankMemory:
-    """What any rank of a stage needs."""
+    """Return the memory of any rank of a pipeline stage."""
     config, held, dp_size = view.config, view.held, view.dp_size
     weights, _, optimizer_states = model_states(config, held, dp_size)
     host = 0
@@ -66,14 +69,16 @@ def rank_memory(view: RankView) -> RankMemory:
 
 
 def estimate_memory(config: Config, vocab_size: int, grid: Grid) -> dict[str, int]:
-    """Bytes on the device by kind, on the fullest rank."""
+    """Return bytes on the device by kind, on the rank that needs most."""
     fullest = max(map(rank_memory, rank_views(config, vocab_size, grid)), key=lambda memory: memory.total)
     return {kind.replace("_", " "): size for kind, size in asdict(fullest).items() if kind != "host"}
 
 
 def model_states(config: Config, held: Held, dp_size: int) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer states of the parameters `held` on one rank: the paper's
-    formulae with DeepSpeed's padding, without the further gradients that it keeps."""
+    """Return bytes of weights, gradients and optimizer states of the parameters `held` on one rank.
+
+    The paper's formulae with DeepSpeed's padding, without the further gradients that it keeps.
+    """
     zero_stage, is_fp32 = config.zero.stage, config.train.precision == "fp32"
     whole, part = held.numel, partition_numel(held, zero_stage, dp_size)
     threshold = config.zero.persistence_threshold
@@ -93,7 +98,7 @@ def model_states(config: Config, held: Held, dp_size: int) -> tuple[int, int, in
 
 
 def _activations(view: RankView) -> int:
-    """Bytes of activations in flight."""
+    """Return bytes of activations in flight."""
     config = view.config
     kept = stage_elements_per_token(config, view.stage) * microbatches_in_flight(
         config, view.stage_index, view.num_microbatches
@@ -103,8 +108,11 @@ def _activations(view: RankView) -> int:
 
 
 def _loss(view: RankView) -> int:
-    """Bytes of model/loss.py: a chunk's logits in fp32, and in the model's precision where it is another;
-    gradients of the hidden states and of the output layer until the backward pass takes them."""
+    """Return the bytes of model/loss.py.
+
+    A chunk's logits in fp32, and in the model's precision where that differs; gradients of the hidden states
+    and of the output layer until the backward pass uses them.
+    """
     element, tokens = BYTES[view.config.train.precision], view.tokens_per_microbatch
     num_rows = view.padded_vocab_size // view.grid.tensor
     logits = min(tokens, tokens_per_chunk(num_rows)) * num_rows

@@ -1,7 +1,7 @@
-"""The legal layouts that are nearest to a refused one. Pure.
+"""The legal layouts nearest to an illegal one. Pure.
 
-What may change has a price, and candidates are tried from the cheapest on, so the first legal ones are the
-nearest. The rules that judge them are those of `train`.
+Each change has a price, and candidates are tried from the cheapest on, so the first legal ones are the
+nearest. They are judged by the rules of `train`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from distllm.config.stage_rules import (
 )
 
 Changes = dict[str, Any]
-# Each changed setting costs this much beside the doublings or halvings of its value.
+# The price of each changed setting, added to the doublings or halvings of its value.
 PRICE = 0.5
-# What trains differently costs more than what only runs differently.
+# Changes to the training itself cost more than changes to how it runs.
 PRICE_OF_ANOTHER_BATCH = 8.0
 MOST_CANDIDATES = 10_000
 UNPLACED: Changes = {"parallel.first_stage_layers": None, "parallel.last_stage_layers": None}
@@ -40,8 +40,12 @@ COUNTED: Changes = UNPLACED | {"parallel.embedding_as_layer": True, "parallel.lo
 
 @dataclass(frozen=True)
 class Proposal:
-    """changes: setting -> value. distance: doublings or halvings of all degrees, and PRICE per change.
-    config: the job with them."""
+    """A legal layout.
+
+    changes: setting -> value.
+    distance: doublings or halvings of all degrees, and PRICE per change.
+    config: the job with the changes.
+    """
 
     changes: Changes
     distance: float
@@ -49,7 +53,7 @@ class Proposal:
 
     @property
     def overrides(self) -> list[str]:
-        """As they are typed."""
+        """Return the changes as overrides for the command line."""
         written = {None: "null", True: "true", False: "false"}
         return [
             f"{setting}={written[value] if value is None or isinstance(value, bool) else value}"
@@ -58,10 +62,11 @@ class Proposal:
 
 
 def nearest_layouts(config: Config, world_size: int, most: int = 3) -> list[Proposal]:
-    """At most `most` legal layouts, the nearest first, none of which only adds to a nearer one's changes.
+    """Return at most `most` legal layouts, nearest first, none a superset of a nearer one's changes.
 
-    Empty where the layout of `config` is legal. Tried are tensor, sequence and pipeline parallelism, chunks,
-    how layers are shared out, the micro-batch size, the ZeRO stage; the global batch size at a high price.
+    Empty where the layout of `config` is legal. It varies tensor, sequence and pipeline parallelism, chunks,
+    the division of layers among stages, the micro-batch size and the ZeRO stage; at a high price, the global
+    batch size.
     """
     if is_legal(config, world_size, LAYOUT_RULES):
         return []
@@ -82,7 +87,7 @@ def is_legal(config: Config, world_size: int, rules: Iterable[Rule]) -> bool:
 
 
 def changed(config: Config, changes: Changes) -> Config:
-    """`config` with some settings replaced."""
+    """Return `config` with some settings replaced."""
     for setting, value in changes.items():
         section, name = setting.split(".")
         config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
@@ -90,7 +95,7 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def _candidates(config: Config, world_size: int) -> Iterator[tuple[float, Changes]]:
-    """(distance, changes) in order of distance: combinations of parts that are legal by themselves."""
+    """Yield (distance, changes) in order of distance: combinations of parts that are each legal."""
     degrees = _divisors(world_size)
     tensors = _legal(
         config,
@@ -108,9 +113,9 @@ def _candidates(config: Config, world_size: int) -> Iterator[tuple[float, Change
         ),
         (uneven_settings_have_stages, layers_fill_the_stages, chunks_fill_the_stages),
     )
-    zeros = _legal(config, ({"zero.stage": stage} for stage in range(4)), (zero_has_what_is_asked,))
+    zeros = _legal(config, ({"zero.stage": zero_stage} for zero_stage in range(4)), (zero_has_what_is_asked,))
     if {} in zeros:
-        zeros = [{}]  # no other rule asks for the stage
+        zeros = [{}]  # no other rule demands another ZeRO stage
     recomputes: list[Changes] = [{}, {"recompute.num_layers": None}] if config.recompute.num_layers else [{}]
     found: list[tuple[float, Changes]] = []
     for tensor, pipeline in itertools.product(tensors, pipelines):
@@ -124,14 +129,14 @@ def _candidates(config: Config, world_size: int) -> Iterator[tuple[float, Change
 
 
 def _legal(config: Config, parts: Iterable[Changes], rules: tuple[Rule, ...]) -> list[Changes]:
-    """What these parts would change, for those that keep `rules`; none twice."""
+    """Return the distinct changes that these parts make, for those that keep `rules`."""
     differences = [{k: v for k, v in part.items() if v != _value(config, {}, k)} for part in parts]
     distinct = [part for i, part in enumerate(differences) if part not in differences[:i]]
     return [part for part in distinct if is_legal(changed(config, part), 1, rules)]
 
 
 def _batches(config: Config, pipeline: Changes, ranks: int) -> list[Changes]:
-    """Ways to share a batch out: other micro-batch sizes, or the next global batch sizes."""
+    """Return ways to divide a batch: other micro-batch sizes, or the next global batch sizes."""
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
     chunks = _value(config, pipeline, "parallel.virtual_pipeline")
     fewest = _value(config, pipeline, "parallel.pipeline") if chunks > 1 else 1  # microbatches

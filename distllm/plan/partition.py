@@ -1,4 +1,4 @@
-"""How ZeRO cuts the parameters of a rank among the data-parallel ranks, as DeepSpeed 0.19.8 does it. Pure."""
+"""How ZeRO partitions a rank's parameters over the data-parallel ranks, as DeepSpeed 0.19.8 does. Pure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ALIGNMENT = 2
 
 
 def partition_numel(held: Held, zero_stage: int, dp_size: int) -> int:
-    """Elements of one data-parallel rank's partition, padding included; all of them at stage 0."""
+    """Return the elements of one data-parallel rank's partition, with padding; all of them at stage 0."""
     if zero_stage == 0:
         return held.numel
     return sum(group_partitions(held, zero_stage, dp_size))
 
 
 def group_partitions(held: Held, zero_stage: int, dp_size: int) -> list[int]:
-    """The elements of a partition in each of the optimizer's groups.
+    """Return the elements of a partition in each of the optimizer's groups.
 
-    Stages 1 and 2 cut each group as one flat tensor, stage 3 each parameter.
+    ZeRO-1 and ZeRO-2 cut each group as one flat tensor, ZeRO-3 each parameter.
     """
     return [
         sum(-(-n // dp_size) for n in group) if zero_stage == 3 else _cut(sum(group), dp_size)
@@ -30,7 +30,7 @@ def group_partitions(held: Held, zero_stage: int, dp_size: int) -> list[int]:
 
 
 def spanned_numel(held: Held, dp_size: int) -> int:
-    """Elements of all parameters that a partition of stages 1 and 2 has any part of, on the rank with most.
+    """Return the elements of all parameters that a ZeRO-1 or ZeRO-2 partition overlaps, at most of any rank.
 
     DeepSpeed keeps these gradients whole, also where the cut runs through a parameter.
     """
@@ -41,7 +41,7 @@ def spanned_numel(held: Held, dp_size: int) -> int:
 
 
 def _spanned(ends: list[int], part: int, rank: int) -> int:
-    """ends: where each parameter of the flat group begins, and where the last one ends."""
+    """Return one rank's overlap. ends: the start of each parameter of the flat group, and the final end."""
     begin, end = min(rank * part, ends[-1]), min((rank + 1) * part, ends[-1])
     return 0 if begin == end else ends[bisect_left(ends, end)] - ends[bisect_right(ends, begin) - 1]
 

@@ -1,4 +1,4 @@
-"""What the plan knows of the ranks of one pipeline stage, before any exists. Pure.
+"""The plan's view of the ranks of one pipeline stage, before any process exists. Pure.
 
 Memory, traffic and metadata of a rank are functions of its view.
 """
@@ -20,7 +20,7 @@ from distllm.plan.held import Held, held_parameters
 
 @dataclass(frozen=True)
 class RankView:
-    """Any rank of a stage under a legal layout; they all hold and send as much."""
+    """Any rank of a pipeline stage under a legal layout; all of them hold and send equal amounts."""
 
     config: Config
     vocab_size: int
@@ -29,7 +29,7 @@ class RankView:
 
     @classmethod
     def of(cls, config: Config, vocab_size: int, dp_size: int, stage_index: int) -> RankView:
-        """The layout of `config` on as many data-parallel ranks."""
+        """View the layout of `config` on `dp_size` data-parallel ranks."""
         grid = Grid(**fixed_degrees(config.parallel) | {REST: dp_size})
         return cls(config, vocab_size, grid, stage_index)
 
@@ -55,17 +55,17 @@ class RankView:
 
     @cached_property
     def table(self) -> Table:
-        """The whole parameters of which the rank holds parts."""
+        """Return the whole parameters of which the rank holds parts."""
         return stage_parameters(self.config.model, self.stage, self.padded_vocab_size)
 
     @cached_property
     def held(self) -> Held:
-        """Its parts, before ZeRO partitions anything."""
+        """Return the rank's parts, before ZeRO partitions anything."""
         return held_parameters(self.table, self.grid.degrees, self.recipe)
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, ...]]:
-        """Module -> names of its parameters."""
+        """Return {module: names of its parameters}."""
         found: dict[str, tuple[str, ...]] = {}
         for name, entry in self.table.items():
             found[entry.module] = (*found.get(entry.module, ()), name)
@@ -82,5 +82,5 @@ class RankView:
 
 
 def rank_views(config: Config, vocab_size: int, grid: Grid) -> list[RankView]:
-    """One for each pipeline stage."""
+    """Return one view for each pipeline stage."""
     return [RankView(config, vocab_size, grid, stage) for stage in range(grid.pipeline)]

@@ -1,4 +1,4 @@
-"""A job whose world has another size than it was laid out for: the nearest legal layout, if wanted."""
+"""The nearest legal layout for a job that has another number of ranks than its layout needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distllm.plan.nearest import nearest_layouts
 
 
 def replanned(error: UserError, request: Request) -> Config:
-    """The refused job in the nearest layout that its ranks allow, with the same global batch.
+    """Return the rejected job in the nearest layout that its ranks allow, with the same global batch.
 
-    Raises `error` where `fault.replan` is off, where something else than the layout is wrong, or where no
+    Raises `error` where `fault.replan` is off, where something other than the layout is wrong, or where no
     layout would be legal without another global batch.
     """
     config, world_size, verb = error.config, request.world_size, request.verb
-    if config is None or not _is_wanted(config) or rules.check_versions():
+    if config is None or not _is_enabled(config) or rules.check_versions():
         raise error
     for proposal in nearest_layouts(config, world_size, most=10):
         if "train.global_batch_size" in proposal.changes:
@@ -34,7 +34,7 @@ def replanned(error: UserError, request: Request) -> Config:
     raise error
 
 
-def _is_wanted(config: Config) -> bool:
+def _is_enabled(config: Config) -> bool:
     if config.fault.replan is None:
         return os.environ.get("DISTLLM_ELASTIC") == "1"
     return config.fault.replan

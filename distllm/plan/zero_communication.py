@@ -1,10 +1,10 @@
-"""What the data-parallel group sends in one training step, by ZeRO stage. Pure.
+"""The messages of the data-parallel group in one training step, by ZeRO stage. Pure.
 
-Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count for a model of Psi elements 2 Psi sent per rank
-and step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. DeepSpeed 0.19.8 does otherwise at
-three points, which are predicted as they are: stages 1 and 2 all-reduce gradients instead of scattering them,
-3 Psi in all, and stage 2 does so for every microbatch; stage 3 also scatters those of every microbatch, but
-keeps weights that are used again within 1e9 elements, so that small models are gathered once per step.
+For a model of Psi elements Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count 2 Psi sent per rank
+and step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. DeepSpeed 0.19.8 differs at three
+points, which are predicted as they are: stages 1 and 2 all-reduce gradients instead of scattering them, 3 Psi
+in all, and stage 2 does so for every microbatch; stage 3 also scatters those of every microbatch, but keeps
+weights that are used again within 1e9 elements, so that small models are gathered once per step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from distllm.plan.rank_view import RankView
 Part = tuple[Transfer, Amount]
 REDUCE, GATHER, SCATTER = (Transfer("data", kind) for kind in ("all_reduce", "all_gather", "reduce_scatter"))
 
-# MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py: BF16_Optimizer's buckets, whatever ours are.
+# MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py: the size of BF16_Optimizer's buckets, whatever
+# `zero.bucket_size` is.
 BF16_OPTIMIZER_BUCKET = 500_000_000
 
 
 def data_parallel_traffic(view: RankView) -> Iterator[Part]:
-    """Gradients and weights of one rank of a pipeline stage. Of stage 3's all-gathers the calls are the most
-    that can be: DeepSpeed joins some of them, by the order in which modules run."""
+    """Yield the gradients and weights of one rank of a pipeline stage.
+
+    The number of stage 3's all-gathers is an upper bound: DeepSpeed joins some of them, depending on the
+    order in which modules run.
+    """
     config, held, dp_size = view.config, view.held, view.dp_size
     zero, element = config.zero, BYTES[config.train.precision]
     gradient_element = BYTES[config.train.gradient_accumulation]
@@ -53,11 +57,11 @@ def data_parallel_traffic(view: RankView) -> Iterator[Part]:
 
 
 def norm_reductions(config: Config) -> Iterator[Part]:
-    """Of the gradient norm, and of the flag that a gradient is not finite.
+    """Yield the reductions of the gradient norm, and of the flag that a gradient is not finite.
 
     Stage 0: engine/replicated.py. Stages 1 and 2: `get_grad_norm_direct` for each of the optimizer's groups,
-    and in bf16 the flag (engine/deepspeed_quirks.py). BF16_Optimizer: `get_global_norm_of_tensors`.
-    Stage 3: in fp64, but in fp32 where the states are offloaded.
+    and in bf16 the flag (engine/deepspeed_quirks.py). BF16_Optimizer: `get_global_norm_of_tensors`. Stage 3:
+    in fp64, but in fp32 where the states are offloaded.
     """
     model = Transfer("model", "all_reduce")
     zero_stage, num_groups = config.zero.stage, recipe_of(config.optimizer).num_groups
@@ -71,8 +75,11 @@ def norm_reductions(config: Config) -> Iterator[Part]:
 
 
 def tied_gradient_traffic(config: Config, table_numel: int, dp_size: int) -> Iterator[Part]:
-    """engine/tied.py and `ZeroEngine._add_up_tied_gradients`: the whole gradient of a copy, put together from
-    the parts of the data-parallel ranks (`safe_get_full_grad`), and added to the other copy's."""
+    """Yield the messages for a tied embedding (engine/tied.py, `ZeroEngine._add_up_tied_gradients`).
+
+    The whole gradient of a copy is assembled from the parts of the data-parallel ranks (`safe_get_full_grad`)
+    and added to the other copy's.
+    """
     zero_stage = config.zero.stage
     element = BYTES[config.train.gradient_accumulation if zero_stage == 0 else "fp32"]
     yield Transfer("embedding", "all_reduce"), Amount(1, table_numel * element)
@@ -83,7 +90,7 @@ def tied_gradient_traffic(config: Config, table_numel: int, dp_size: int) -> Ite
 
 
 def _reduced_gradients(view: RankView) -> Iterator[Part]:
-    """Stages 1 and 2 in buckets; stage 1 once per step, stage 2 in every backward pass."""
+    """Yield the buckets of stages 1 and 2; stage 1 once per step, stage 2 in every backward pass."""
     config, held = view.config, view.held
     zero, element = config.zero, BYTES[config.train.gradient_accumulation]
     sizes = {name: math.prod(shape) for name, shape in held.shapes.items()}
@@ -109,7 +116,7 @@ def _reduced_gradients(view: RankView) -> Iterator[Part]:
 
 
 def _scattered(view: RankView) -> tuple[int, int]:
-    """Calls and elements of stage 3's reduce-scatters of one microbatch: `reduce_scatter_coalesced`."""
+    """Return calls and elements of stage 3's reduce-scatters of a microbatch: `reduce_scatter_coalesced`."""
     sizes = {name: math.prod(shape) for name, shape in view.held.shapes.items()}
     calls = sum(
         len(list(_buckets(backward_order(view, chunk), sizes, view.config.zero.bucket_size)))
@@ -119,7 +126,7 @@ def _scattered(view: RankView) -> tuple[int, int]:
 
 
 def backward_order(view: RankView, chunk: int | None = None) -> list[str]:
-    """Parameters in the order in which a backward pass of a chunk (None: of all) has their gradients."""
+    """Return parameters in the order in which a chunk's backward pass (None: of all) has gradients."""
     stage = view.stage
     chunks = range(len(stage.chunks)) if chunk is None else [chunk]
     order: list[str] = []
@@ -142,7 +149,10 @@ def _modules_on_the_way_back(view: RankView, chunk: int, is_first: bool, is_last
 
 
 def _buckets(names: Sequence[str], sizes: Mapping[str, int], bucket_size: int) -> Iterator[list[str]]:
-    """`reduce_independent_p_g_buckets_and_remove_grads`: a bucket goes before it would grow too large."""
+    """Yield the buckets of `reduce_independent_p_g_buckets_and_remove_grads`.
+
+    A bucket is sent before it would grow too large.
+    """
     bucket: list[str] = []
     elements = 0
     for name in names:
@@ -157,7 +167,7 @@ def _buckets(names: Sequence[str], sizes: Mapping[str, int], bucket_size: int) -
 
 
 def _joined(sizes: Iterable[int], most: int) -> Iterator[int]:
-    """`allreduce_no_retain`, `allreduce_and_scatter`: a message goes once it has grown above `most`."""
+    """Yield the messages of `allreduce_no_retain` and `allreduce_and_scatter`, sent when above `most`."""
     elements = 0
     for size in sizes:
         elements += size
@@ -169,7 +179,7 @@ def _joined(sizes: Iterable[int], most: int) -> Iterator[int]:
 
 
 def _slices(held: Held, dp_size: int) -> dict[str, list[int]]:
-    """Elements of each parameter by the data-parallel rank that owns them (stages 1 and 2), rank by rank."""
+    """Return the elements of each parameter by owning data-parallel rank (stages 1 and 2), rank by rank."""
     slices: dict[str, list[int]] = {}
     parts, offsets = group_partitions(held, 1, dp_size), [0] * held.num_groups
     for name, shape in held.shapes.items():
@@ -183,5 +193,5 @@ def _slices(held: Held, dp_size: int) -> dict[str, list[int]]:
 
 
 def _padded(elements: int, dp_size: int) -> int:
-    """Stage 3 cuts every parameter into equal parts."""
+    """Return the padded size of a parameter, which stage 3 cuts into equal parts."""
     return -(-elements // dp_size) * dp_size

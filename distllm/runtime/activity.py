@@ -1,4 +1,4 @@
-"""What this rank is doing right now, written by the training thread and read by the watchdog's."""
+"""The current activity of this rank, written by the training thread and read by the watchdog's."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ WAITING_FILES = "/pipeline_parallel/p2p_communication.py"
 
 @dataclass
 class Activity:
-    """step: updates done. samples: [first, end) of the step. microbatch: the last one that was begun.
+    """The state of the training thread.
 
-    phase: what the trainer is at, such as "train" or "validate". progressed_at: monotonic seconds of the last
-    sign of progress. patience_seconds: what the phase may take without one, if that is more than usual.
-    Plain attributes: the reader may see one newer than another, which does not matter.
+    step: updates done.
+    samples: [first, end) of the step.
+    microbatch: the last one that was begun.
+    phase: the trainer's current work, such as "train" or "validate".
+    progressed_at: monotonic seconds of the last sign of progress.
+    patience_seconds: how long the phase may take without one, if that is longer than usual.
+
+    Plain attributes without a lock: the reader may see one newer than another, which does not matter.
     """
 
     step: int = 0
@@ -59,7 +64,7 @@ class Activity:
 
 
 class Noted(Sequence[Item], Generic[Item]):
-    """A list of microbatches that tells the activity which of them is taken."""
+    """A list of microbatches that records in the activity which of them is read."""
 
     def __init__(self, items: Sequence[Item], activity: Activity) -> None:
         self._items, self._activity = items, activity
@@ -89,7 +94,7 @@ class Frame:
 
 
 def main_thread_frames() -> list[Frame]:
-    """Where the training thread is, innermost first. Cheap: no source is read."""
+    """Return the training thread's stack, innermost frame first. Cheap: no source is read."""
     frame: FrameType | None = sys._current_frames().get(MAIN_THREAD)
     frames = []
     while frame:
@@ -99,10 +104,10 @@ def main_thread_frames() -> list[Frame]:
 
 
 def collective_of(frames: Sequence[Frame]) -> str | None:
-    """The collective or message that the training thread waits for; None if it is at something else.
+    """Return the collective or message that the training thread waits for; None if it does other work.
 
     gloo's calls block in these files. With NCCL the thread waits where a result is read, which the engine
-    does in `wait_for_verdict`; what autograd's own threads wait for is not seen.
+    does in `wait_for_verdict`; waits of autograd's own threads are not seen.
     """
     for depth, frame in enumerate(frames[:8]):
         if frame.file.endswith(WAITING_FILES) or any(part in frame.file for part in WAITING_FOLDERS):

@@ -1,9 +1,10 @@
-"""Counts what a process really sends: every collective of every library, below all of their interfaces.
+"""Count what a process really sends: every collective of every library, below all of their interfaces.
 
 All functions of torch.distributed end in operators of the dispatcher's namespace `c10d`, on gloo and NCCL
-alike, whoever calls them and under whichever name it has imported them. A dispatch mode sees them there, as
-`torch.distributed.tensor.debug.CommDebugMode` does. Backward passes on a GPU run on threads of the autograd
-engine, to which the engine hands the modes of the thread that called `backward` (`at::ThreadLocalState`).
+alike, whichever library calls them and under whichever name it has imported them. A dispatch mode sees them
+there, as `torch.distributed.tensor.debug.CommDebugMode` does. Backward passes on a GPU run on threads of the
+autograd engine, to which the engine passes the modes of the thread that called `backward`
+(`at::ThreadLocalState`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distllm.layout.groups import Groups
 from distllm.layout.traffic import Amount, Traffic, Transfer, add_up
 
-# Operator: (kind, the argument that is the message).
+# Operator: (kind, the argument that holds the message).
 MESSAGES = {
     "allreduce_": ("all_reduce", "tensors"),
     "allreduce_coalesced_": ("all_reduce", "tensors"),
@@ -46,15 +47,16 @@ NO_MESSAGE = {"check_for_nan"}
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """`with CollectiveCounter(groups) as counter:` counts what this rank sends; `counter.traffic()`.
+    """Counts what this rank sends: `with CollectiveCounter(groups) as counter:`, then `counter.traffic()`.
 
     Groups of one rank are left out: nothing is sent. A group that is none of `groups` counts as "world" where
     it is the world group, and else by its own name. Object collectives count as the collectives of tensors
-    that they are made of. It costs some microseconds per operation of any kind: do not time what it counts.
+    that they are made of. It costs some microseconds per operation of any kind, so do not time a counted
+    step.
     """
 
     def __init__(self, groups: Groups | None) -> None:
-        """groups: None before they exist; then all but the world group count under PyTorch's names."""
+        """Count for `groups`; None before they exist: then all but the world group have PyTorch's names."""
         super().__init__()
         self._names = group_names(groups) if groups else {}
         self._counted: list[tuple[Transfer, Amount]] = []
@@ -85,19 +87,19 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def group_names(groups: Groups) -> dict[str, str]:
-    """The name by which PyTorch knows a group -> ours."""
+    """Return {PyTorch's name of a group: ours}."""
     ours = {"world": dist.group.WORLD, **groups.by_name}
     return {group.group_name: name for name, group in ours.items() if group is not None}
 
 
 def message_bytes(tensors: Any) -> int:
-    """Of all tensors in nested lists."""
+    """Return the bytes of all tensors in nested lists."""
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(map(message_bytes, tensors))
 
 
 def operators() -> list[str]:
-    """Names of all operators through which a process can send, in this version of PyTorch."""
+    """Return the names of all operators by which a process can send, in this version of PyTorch."""
     names: list[str] = torch._C._dispatch_get_all_op_names()
     return [name.removeprefix("c10d::") for name in names if name.startswith("c10d::")]

@@ -1,7 +1,7 @@
-"""Megatron Core 0.16.1 without a GPU: its device calls answered, nothing else changed.
+"""Run Megatron Core 0.16.1 without a GPU: its device calls are replaced, nothing else is changed.
 
-Installed only where no GPU is in use. Each answer says which call needs it; without them the same modules
-and schedules that run on NCCL could not run on gloo.
+Installed only where no GPU is in use. Each replacement names the call that needs it; without them the same
+modules and schedules that run on NCCL could not run on gloo.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def install() -> None:
-    """Answer Megatron Core's device calls from the CPU; calling it again changes nothing."""
+    """Replace Megatron Core's device calls for the CPU; calling it again changes nothing."""
     assert not torch.cuda.is_available(), "the CPU adapter would hide a GPU that is in use"
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
@@ -34,12 +34,12 @@ def install() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # Each schedule counts tokens in torch.zeros(..., device="cuda"); a stand-in for the module name `torch`
-    # there costs nothing elsewhere, where a TorchFunctionMode would tax every operation of the program.
+    # there costs nothing elsewhere, where a TorchFunctionMode would slow every operation of the program.
     schedules.torch = _TorchOnCpu()
 
 
 class _TorchOnCpu(ModuleType):
-    """The module torch, except that zeros(device="cuda") lands on the CPU."""
+    """The module torch, except that zeros(device="cuda") allocates on the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")

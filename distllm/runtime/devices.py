@@ -18,7 +18,7 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that one device can reach at best; None where no figure is known: then there is no MFU."""
+    """Return the peak FLOP/s of one device; None where no figure is known: then there is no MFU."""
     if device.type != "cuda" or precision != "bf16":
         return None
     return peak_flops_by_name(torch.cuda.get_device_name(device))

@@ -1,4 +1,4 @@
-"""From what every rank was doing when nothing moved any more to who is to blame. Pure."""
+"""Find the ranks that cause a hang, from what every rank was doing when progress stopped. Pure."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from distllm.runtime.heartbeat import STALE_SECONDS, Beat
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """suspects: ranks that the others wait for; empty where nobody stands out."""
+    """The result of a diagnosis. suspects: ranks that the others wait for; empty where none stands out."""
 
     suspects: tuple[int, ...]
     reason: str
 
 
 def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int) -> Diagnosis:
-    """beats: of each rank, its last. ages: seconds since each rank's last beat.
+    """Diagnose a hang. beats: the last of each rank. ages: seconds since then.
 
-    In order: a rank without a sign of life is stopped, dead, or held up inside one call; a rank that lives
-    but waits for nobody, while others wait, is stuck in what it does; of ranks that all wait, those who are
-    behind were not where the others expected them.
+    In order: a rank that stopped writing beats is stopped, dead, or blocked inside one call; a rank that
+    writes beats but waits for no other, while others wait, is stuck in its own work; of ranks that all wait,
+    those that are behind did not reach the point where the others expected them.
     """
     silent = [rank for rank in range(world_size) if ages.get(rank, float("inf")) > STALE_SECONDS]
     if silent:
-        return Diagnosis(tuple(silent), "no sign of life: stopped, dead, or held up inside one call")
+        return Diagnosis(tuple(silent), "no sign of life: stopped, dead, or blocked inside one call")
     waiting = [rank for rank, beat in beats.items() if beat.collective]
     stuck = [rank for rank in beats if rank not in waiting]
     if waiting and stuck:
@@ -43,9 +43,9 @@ def judge(beats: Mapping[int, Beat], ages: Mapping[int, float], world_size: int)
 def stragglers(
     beats: Mapping[int, Beat], factor: float = 1.5, least_seconds: float = 0.1
 ) -> dict[int, float]:
-    """{rank: its busy time over the median}, of ranks that hold the others up.
+    """Return {rank: its busy time over the median}, of ranks that slow the others down.
 
-    Busy is what is left of a step outside of communication: the fast ranks wait there for the slow ones.
+    Busy time is the part of a step outside of communication: in communication fast ranks wait for slow ones.
     """
     if len(beats) < 2:
         return {}

@@ -1,7 +1,7 @@
-"""Start and stop of the distributed run time: device, backend, world group.
+"""Start and stop the distributed runtime: device, backend, world group.
 
-Single process, `torchrun`, `deepspeed` and `srun` take the same way; only where rank and rendezvous come
-from differs.
+Single process, `torchrun`, `deepspeed` and `srun` use the same code; only the source of rank and rendezvous
+differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runtime:
-    """What this process is in the world."""
+    """The place of this process in the world."""
 
     rank: int
     world_size: int
@@ -35,16 +35,16 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 speaks to the user and owns the run directory."""
+        """Return whether this is rank 0, which prints messages and owns the run directory."""
         return self.rank == 0
 
     def peak_memory_bytes(self) -> int | None:
-        """Most device memory allocated so far; None without a GPU."""
+        """Return the most device memory allocated so far; None without a GPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, also before the world exists."""
+    """Return whether this process is rank 0, also before the world exists."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -52,16 +52,17 @@ def start(timeout: timedelta, tensor_parallel: int = 1) -> Runtime:
     """Choose the device and create the world group: NCCL on GPUs, gloo without."""
     if tensor_parallel > 1:
         # Kernels then start in the order in which they are called. Megatron Core's linear layers (0.16.1,
-        # tensor_parallel/layers.py) count on it: what they send goes ahead of the product that hides it.
+        # tensor_parallel/layers.py) rely on it: their communication starts before the matrix product that
+        # overlaps it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     die_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed requires the variable
     device = _choose_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # what the watchdog reports of NCCL
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # for the watchdog's report on NCCL
     device_id = device if device.type == "cuda" else None
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         # A store in memory: a single process needs no port, so any number of them run side by side.
@@ -90,7 +91,7 @@ def stop(succeeded: bool) -> None:
 
 
 def on_main_rank(function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 and give every rank its result; its user errors are raised on all ranks alike.
+    """Run `function` on rank 0 and return its result on every rank; all ranks raise its user errors.
 
     A rank that fails alone leaves the others waiting for it.
     """
@@ -107,7 +108,7 @@ def on_main_rank(function: Callable[[], T]) -> T:
 
 
 def assert_equal_on_all_ranks(what: str, value: str) -> None:
-    """Every rank must have the same `value`: a difference here would become a hang or a wrong model later."""
+    """Check that `value` is equal on all ranks: else a hang or a wrong model would follow later."""
     values: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     different = [rank for rank, other in enumerate(values) if other != values[0]]
@@ -122,7 +123,7 @@ def assert_equal_on_all_ranks(what: str, value: str) -> None:
 
 def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for accelerators, loudly
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for accelerators and logs it
         cpu.install()
         keep_freed_memory()
         return torch.device("cpu")

@@ -1,5 +1,7 @@
-"""One small file per rank in the run directory, rewritten every second: all that ranks need of each other
-when nothing else answers any more. No store and no collective: both may be what hangs."""
+"""One small file per rank in the run directory, rewritten every second, for the diagnosis of hangs.
+
+It uses no store and no collective, since both may be what hangs.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ STALE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself. time: seconds since the epoch, by its own clock.
+    """A rank's report on itself. time: seconds since the epoch, by its own clock.
 
-    idle_seconds: since its last progress. collective: what its training thread waits for, None if it does
-    not. stack: of its training thread, innermost first; only in the last beat before it ends.
+    idle_seconds: since its last progress.
+    collective: what its training thread waits for, None if it does not.
+    stack: of its training thread, innermost first; only in the last beat before it ends.
     busy_seconds: per step, outside of communication, averaged.
     """
 
@@ -43,7 +46,7 @@ def beat_path(run_dir: Path, rank: int) -> Path:
 
 
 def write_beat(run_dir: Path, beat: Beat) -> None:
-    """Readers see a whole beat, the old or the new one. Not durable: it is of no use after a crash."""
+    """Write a beat atomically. Not durably: it is of no use after a crash of the machine."""
     path = beat_path(run_dir, beat.rank)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(beat)))
@@ -51,7 +54,7 @@ def write_beat(run_dir: Path, beat: Beat) -> None:
 
 
 def read_beats(run_dir: Path, world_size: int) -> dict[int, Beat]:
-    """The beats of all ranks that have any."""
+    """Read the beats of all ranks that have written one."""
     beats = {}
     for rank in range(world_size):
         try:
@@ -63,9 +66,9 @@ def read_beats(run_dir: Path, world_size: int) -> dict[int, Beat]:
 
 
 def age_seconds(path: Path) -> float:
-    """How old a file is by the clock of its file system, which all ranks share; infinite if there is none.
+    """Return a file's age by the clock of its file system, which all ranks share; infinite if missing.
 
-    By touching a file beside it: machines' clocks may differ by more than a beat.
+    It touches a file beside it: machines' clocks may differ by more than a beat.
     """
     probe = path.parent / f".clock_{os.getpid()}"
     try:

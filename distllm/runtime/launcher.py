@@ -1,4 +1,4 @@
-"""What the process that started this rank is, and what follows from it."""
+"""Detect the process that started this rank, and act on it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def is_under_agent() -> bool:
-    """Whether torchrun's agent watches this rank: it restarts all ranks when one ends with another code than
-    0, and hides the code from its caller."""
+    """Return whether torchrun's agent watches this rank.
+
+    The agent restarts all ranks when one ends with another code than 0, and hides the code from its caller.
+    """
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_plain_torchrun() -> bool:
-    """Whether torchrun was started without launch/torchrun.sh, which sets what its restarts need."""
+    """Return whether torchrun was started without launch/torchrun.sh, which its restarts need."""
     return is_under_agent() and "DISTLLM_LAUNCHER" not in os.environ
 
 
 def die_with_launcher() -> None:
-    """Let the kernel kill this rank when its agent dies: else it lives on as an orphan, holds its port, its
-    GPU and the run directory, and waits for peers that are gone."""
+    """Let the kernel kill this rank when its agent dies.
+
+    Else it lives on as an orphan, holds its port, its GPU and the run directory, and waits for peers that are
+    gone.
+    """
     if is_under_agent():
         _die_with_parent()
         if os.getppid() == 1:
@@ -34,7 +39,7 @@ def die_with_launcher() -> None:
 def die_with(parent: int) -> None:
     """Let the kernel kill this process when `parent`, the process that started it, ends, however it ends.
 
-    It is killed as well when the thread of `parent` that started it ends before.
+    It is also killed when the thread of `parent` that started it ends earlier.
     """
     _die_with_parent()
     if os.getppid() != parent:
@@ -47,7 +52,7 @@ def _die_with_parent() -> None:
 
 
 def seconds_since_start() -> float:
-    """Since this process was made; Linux counts it in ticks since boot."""
+    """Return the age of this process; Linux counts its start in ticks since boot."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     uptime = float(Path("/proc/uptime").read_text().split()[0])

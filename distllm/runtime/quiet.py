@@ -1,4 +1,4 @@
-"""Third-party messages that mean nothing to the user, silenced at their source."""
+"""Silence third-party messages that mean nothing to the user, at their source."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import warnings
 
 
 def silence() -> None:
-    """Call before torch, Megatron Core and DeepSpeed are imported."""
+    """Silence them; call before torch, Megatron Core and DeepSpeed are imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard's protobuf start-up lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning after every fork
-    # PyTorch's profiler (Kineto) says on standard error that it starts and stops, above the level of errors.
+    # PyTorch's profiler (Kineto) logs its start and stop to standard error, above the level of errors.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # DeepSpeed 0.19 logs its whole configuration at INFO, on every rank.
     os.environ.setdefault("DS_LOG_LEVEL", "error")

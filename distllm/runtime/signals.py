@@ -1,4 +1,4 @@
-"""The wish to stop: SIGTERM and SIGUSR1 become a flag that the training loop looks at.
+"""Requests to stop: SIGTERM and SIGUSR1 set a flag that the training loop checks.
 
 A Python handler runs in the main thread between two instructions: while that waits inside a collective, it
 does not run. So the interpreter is asked to write each signal's number to a pipe, and a thread reads it.
@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens from its construction on, in the main thread; `close` gives the signals back.
+    """Listens for signals from its construction in the main thread; `close` restores the handlers.
 
     reason: name of the signal that asked to stop, None so far.
     notify: called once with it, in the listening thread.
@@ -33,8 +33,10 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def check_interrupt(self) -> None:
-        """Raise the KeyboardInterrupt that Python raised before, if it was lost: one that comes while a weak
-        reference or an object goes away is printed and ignored."""
+        """Raise a KeyboardInterrupt that was lost.
+
+        Python prints and ignores one that is raised while a weak reference or an object is finalized.
+        """
         if self._is_interrupted:
             raise KeyboardInterrupt
 
@@ -56,4 +58,4 @@ class StopRequest:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Not SIG_IGN: that would not be written to the pipe, and be inherited by children."""
+    """Do nothing. SIG_IGN instead would not write to the pipe, and children would inherit it."""

@@ -1,8 +1,8 @@
-"""Notices that nothing moves, says who is to blame, and ends the job so that its launcher restarts it.
+"""Detects hangs, reports the cause, and ends the job so that its launcher restarts it.
 
-A thread beside training on every rank. Its deadline hangs on no collective, store or peer; what it knows of
-other ranks are files. A training thread that holds the interpreter's lock holds this thread up too: for that
-there is `faulthandler`, whose deadline runs without the interpreter.
+It is a thread beside training on every rank. Its deadline depends on no collective, store or peer; it knows
+other ranks only by their files. A training thread that holds the interpreter's lock blocks this thread too:
+for that there is `faulthandler`, whose deadline runs without the interpreter.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from distllm.runtime.heartbeat import (
 )
 
 EXIT_HANG = 1
-SAMPLE_SECONDS = 0.02  # between two looks at where the training thread is
-STRAGGLER_SECONDS = 5.0  # between two looks of rank 0 at the others
+SAMPLE_SECONDS = 0.02  # between two samples of the training thread's stack
+STRAGGLER_SECONDS = 5.0  # between two checks of the other ranks by rank 0
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Where the watchdog tells what it has found: hang(diagnosis, step, file), straggler(rank, facts)."""
+    """Callbacks for the watchdog's findings: hang(diagnosis, step, file), straggler(rank, facts)."""
 
     hang: Callable[[str, int, Path], None]
     straggler: Callable[[int, dict[str, Any]], None]
@@ -50,7 +50,7 @@ class Reports:
 def watched(
     activity: Activity, run_dir: Path, rank: int, world_size: int, hang_seconds: float, reports: Reports
 ) -> Iterator[None]:
-    """Ends the process from a thread of its own when `hang_seconds` pass without progress inside."""
+    """End the process from a separate thread when `hang_seconds` pass without progress inside."""
     watchdog = Watchdog(activity, run_dir, rank, world_size, hang_seconds, reports)
     watchdog.start()
     try:
@@ -91,7 +91,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """The job ends by itself."""
+        """Stop watching: the job ends by itself."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join(timeout=5)
@@ -114,7 +114,7 @@ class Watchdog:
             if self._activity.idle_seconds > patience:
                 self._end()
             self._beat()
-            # Longer than our own deadline, which is better when it can run: it speaks for all ranks.
+            # Longer than our own deadline, whose report is better when it can run: it covers all ranks.
             faulthandler.dump_traceback_later(
                 patience + 2 * STALE_SECONDS, exit=True, file=self._stack_file or 2
             )
@@ -144,7 +144,7 @@ class Watchdog:
             write_beat(self._run_dir, beat)
 
     def _end(self) -> None:
-        """Say what this rank was doing, give the others time to say so too, and let one of them judge."""
+        """Write what this rank was doing, wait for the others' reports, and let one rank diagnose."""
         self._beat(is_last=True)
         deadline = time.monotonic() + STALE_SECONDS + BEAT_SECONDS
         while time.monotonic() < deadline:
@@ -160,7 +160,7 @@ class Watchdog:
             for rank in diagnosis.suspects:
                 _kill_if_stopped(beats.get(rank))
         else:
-            time.sleep(BEAT_SECONDS)  # who ends first ends all, and the file would not be written
+            time.sleep(BEAT_SECONDS)  # the first rank to end ends all, before the file is written
         os._exit(EXIT_HANG)
 
     def _write(
@@ -196,7 +196,7 @@ class Watchdog:
 
 
 class BusyTime:
-    """Seconds per step that the training thread is not in communication, from samples of where it is."""
+    """Measures seconds per step outside of communication, from samples of the training thread's stack."""
 
     def __init__(self) -> None:
         self.per_step = 0.0
@@ -216,7 +216,7 @@ class BusyTime:
 
 
 def nccl_flight_recorder() -> Any:
-    """NCCL's last collectives, which dist.start has asked it to record; None without NCCL."""
+    """Return NCCL's last collectives, which dist.start has asked it to record; None without NCCL."""
     import torch
 
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
@@ -236,7 +236,7 @@ def nccl_flight_recorder() -> Any:
 
 
 def _kill_if_stopped(beat: Beat | None) -> None:
-    """A stopped process ignores the agent's SIGTERM, which then waits 30 s before it kills."""
+    """Kill a stopped process: it ignores the agent's SIGTERM, and the agent waits 30 s before it kills."""
     if beat is None or beat.host != socket.gethostname():
         return
     try:

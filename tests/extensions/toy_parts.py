@@ -63,7 +63,7 @@ class Momentum(Recipe):
 
 
 class Focal(Objective):
-    """Count tokens that are predicted well less (Lin et al. 2017, arXiv:1708.02002): no weights say it."""
+    """Give tokens that are predicted well less weight (Lin et al. 2017, arXiv:1708.02002)."""
 
     def loss_weights(self, batch: Microbatch) -> Tensor | None:
         return None

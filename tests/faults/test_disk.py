@@ -69,7 +69,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     again = train(folder, *settings)
     assert again.exit_code == 0, again.output
-    assert "goes on after step 4 of 12" in again.stdout
+    assert "continues after step 4 of 12" in again.stdout
     assert curve(small_disk) == curve(folder / "whole")
     assert status(small_disk)["state"] == "completed"
 

@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(workplace: Workplace, single
     result = workplace.train("damaged")
     assert result.exit_code == 0, result.output
     assert f"WARNING: a damaged checkpoint was passed over: {complaint}" in result.stdout
-    assert "goes on after step 8 of 12" in result.stdout
+    assert "continues after step 8 of 12" in result.stdout
     assert [e["reason"] for e in events(run) if e["kind"] == "damaged checkpoint"] == [complaint]
     assert_as_uninterrupted(workplace, "damaged")
     again = workplace.train("damaged")
@@ -333,7 +333,7 @@ def test_one_rank_goes_on_from_what_two_have_saved(
     shutil.rmtree(run / "checkpoints" / "step_00000012")
     result = workplace.train("moved", "zero.stage=0")
     assert result.exit_code == 0, result.output
-    assert "goes on after step 8" in result.stdout
+    assert "continues after step 8" in result.stdout
     for expected, found in zip(curve(workplace.folder / "single"), curve(run), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Where in the cache a corpus or a tokenizer lies: by a key of all that decides its content.
+"""The place of a corpus or a tokenizer in the cache: a key of all that determines its content.
 
 Inputs enter the key by path, size and time of change: to hash terabytes at each start would take hours.
 """
@@ -27,7 +27,7 @@ def cache_folder(data: schema.Data, kind: str, settings: dict[str, Any]) -> Path
 def document_settings(
     source: Source, data: schema.Data, preparation: schema.Preparation, files: list[InputFile]
 ) -> dict[str, Any]:
-    """What decides which documents there are and on which side each falls."""
+    """Return the settings that determine which documents there are and to which split each belongs."""
     described = [[file.path, file.num_bytes, file.modified_ns] for file in files]
     return {
         "source": source.source,
@@ -43,6 +43,6 @@ def document_settings(
 
 
 def libraries() -> dict[str, str]:
-    """For the reader of the manifest; not part of the key, or each upgrade would train other tokenizers."""
+    """Return versions for readers of the manifest; in the key, each upgrade would retrain tokenizers."""
     names = ("tokenizers", "datasets", "numpy")
     return {"python": sys.version, **{name: version(name) for name in names}}

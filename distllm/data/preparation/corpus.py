@@ -33,9 +33,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Corpus:
-    """files: of the source, as they are now. settings: all that decides the content of `folder`.
+    """One source of a job, with the folder of its prepared corpus.
 
-    unit_bytes: size of a unit; None means by the size of the corpus.
+    files: of the source, as they are now. settings: all that determines the content of `folder`.
+    unit_bytes: size of a unit; None derives it from the size of the corpus.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Corpus:
         tokenizer_folder: Path,
         unit_bytes: int | None = None,
     ) -> Corpus:
-        """User errors: those of `list_files`."""
+        """List the files of a source and find its folder. User errors: those of `list_files`."""
         source = data.named_sources[name]
         files = list_files(source)
         if kind_of(source).is_tokenized:
@@ -81,7 +82,7 @@ class Corpus:
 
     @property
     def is_tokenized(self) -> bool:
-        """By another tool."""
+        """Return whether another tool has tokenized the source."""
         return kind_of(self.source).is_tokenized
 
     @property
@@ -89,7 +90,7 @@ class Corpus:
         return self.folder.with_name(f"{self.folder.name}.pieces")
 
     def work(self, label: str = "all") -> Work:
-        """label: see `Work`. User errors: those of `plan_units`."""
+        """Cut the corpus into units. label: see `Work`. User errors: those of `plan_units`."""
         return Work(
             source=self.source,
             files=self.files,
@@ -104,14 +105,14 @@ class Corpus:
         )
 
     def make_pieces(self, work: Work, indices: range, report: Report) -> None:
-        """User errors: those of `workers.make_pieces`; a rejected row, if it stops the job."""
+        """Make pieces. User errors: those of `workers.make_pieces`; a rejected row, if it stops the job."""
         try:
             make_pieces(work, indices, self.preparation.workers, self.tokenizer, report)
         except BadInputError as error:
             raise quarantine.stopped(absolute_entry(work, error)) from None
 
     def build(self, folder: Path, report: Report) -> dict[str, Any]:
-        """Fill `folder`, and describe it for the manifest; goes on where a killed process has stopped."""
+        """Fill `folder`, and describe it for the manifest; continues the work of a killed process."""
         start = time.monotonic()
         if self.is_tokenized:
             facts = describe_pair(self.source, self.data, self.files, self.tokenizer, report)
@@ -121,7 +122,7 @@ class Corpus:
             self.make_pieces(work, range(len(work.units)), report)
             facts = self._join(work, folder, report)
         seconds = time.monotonic() - start
-        done = "looked through" if self.is_tokenized else "tokenized"
+        done = "checked" if self.is_tokenized else "tokenized"
         report(f"{done} {len(self.files):,} files in {seconds:.1f} s")
         splits = facts.pop("splits")
         return {
@@ -145,11 +146,11 @@ class Corpus:
             check_counts(self.data, self.source, joined.splits["train"].num_documents, num_validation)
             self._check_unchanged()
         except ValueError:
-            shutil.rmtree(self.pieces)  # nobody will want them: what can be done gives another key
+            shutil.rmtree(self.pieces)  # useless: the fix gives the corpus another key
             raise
         names = [f"{name}{suffix}" for name in joined.splits for suffix in (".bin", ".idx", ".origins")]
         return {
-            # Relative, for the folder is renamed.
+            # Relative, since the folder is renamed.
             "splits": {name: replace(split, prefix=Path(name)) for name, split in joined.splits.items()},
             "fingerprint": joined.fingerprint,
             "rejected": joined.rejected,
@@ -157,10 +158,11 @@ class Corpus:
         }
 
     def _check_unchanged(self) -> None:
-        """User error: a file is not what it was at the start, so the key would name what is not there."""
+        """Check that no file has changed since the start. User error: else the key would not match the
+        content."""
         if changed := kind_of(self.source).changed_file(self.source, self.files):
             rule = f"no file may change while it is read; {changed.path} has"
-            raise user_error("data.path", self.source.path, rule, "run it again once nobody writes there")
+            raise user_error("data.path", self.source.path, rule, "run it again when no program writes there")
 
 
 def _plain(split: Split) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pieces, in the order of the documents, become the files of a prepared corpus."""
+"""Join pieces, in the order of the documents, into the files of a prepared corpus."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ FILES = "files.json"
 
 @dataclass(frozen=True)
 class Joined:
-    """splits: those that are wanted; one may be without documents. rejected: their number by reason.
+    """The result of joining.
 
-    num_rejected_files: of how many files they are.
+    splits: those that were asked for; one may be without documents. rejected: number of rows by reason.
+    num_rejected_files: number of files that the rejected rows come from.
     """
 
     splits: dict[str, Split]
@@ -39,7 +40,7 @@ class Joined:
 def join(work: Work, folder: Path, vocab_size: int, report: Callable[[str], None]) -> Joined:
     """Write all that `folder` holds but its manifest, with no more than one piece in memory.
 
-    Every piece must be whole.
+    Every piece must be complete.
     """
     writers = {name: SplitWriter(folder / name, vocab_size) for name in split_names(work.validation_fraction)}
     quarantine = Quarantine(folder)
@@ -66,14 +67,14 @@ def join(work: Work, folder: Path, vocab_size: int, report: Callable[[str], None
 
 
 class FirstRow:
-    """The row, within its file, of the first row of each unit; units are asked for in order."""
+    """Finds the first row of each unit within its file; units are asked for in order."""
 
     def __init__(self) -> None:
         self._file = -1
         self._num_rows = 0
 
     def of(self, file: int, is_range: bool, num_rows: int) -> int:
-        """num_rows: of this unit."""
+        """Return the first row of the next unit. num_rows: of this unit."""
         if not is_range:
             return 0  # the rows of whole files are counted from the start of each
         first_row = self._num_rows if file == self._file else 0
@@ -82,7 +83,10 @@ class FirstRow:
 
 
 def absolute_entry(work: Work, error: BadInputError) -> dict[str, Any]:
-    """A rejected row whose unit was given up: the earlier units of its file are counted, whole or not."""
+    """Return the entry of a rejected row whose unit was abandoned, with its row counted within the file.
+
+    To count rows, the earlier units of the file are read, whether their pieces are complete or not.
+    """
     unit = work.units[error.unit]
     row = 0
     if unit.start is not None:
@@ -98,7 +102,7 @@ def _count_rows(work: Work, index: int) -> int:
     for item in read_unit(work.source, work.files, work.units[index], work.max_document_bytes):
         if isinstance(item, UnitEnd):
             return item.num_rows
-    raise AssertionError("a unit tells its number of rows in the end")
+    raise AssertionError("a unit ends with its number of rows")
 
 
 def _append(writer: SplitWriter, prefix: Path, first_row: int, num_bytes: int) -> None:

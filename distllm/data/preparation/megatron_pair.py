@@ -1,4 +1,4 @@
-"""A pair of token files that another tool made: nothing is copied, only looked through once."""
+"""A pair of token files that another tool made: nothing is copied; the files are checked once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def describe_pair(
     tokenizer: TextTokenizer,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """For the manifest: splits, whose prefixes are absolute, fingerprint and token files.
+    """Return the manifest's entries: splits, whose prefixes are absolute, fingerprint and token files.
 
-    files: the one .bin. The last documents are the validation split, at least one if a share is wanted. User
-    errors: a broken pair; no document in a split that must have one.
+    files: the one .bin. The last documents are the validation split, at least one if data.validation_fraction
+        > 0. User errors: a broken pair; no document in a split that must have one.
     """
     prefix = Path(files[0].path).with_suffix("")
     stream = TokenStream(prefix)
@@ -87,4 +87,4 @@ class _Progress:
         self._num_done += num_tokens
         if time.monotonic() - self._reported > PROGRESS_SECONDS:
             self._reported = time.monotonic()
-            self._report(f"looked through {self._num_done:,} of {self._num_tokens:,} tokens")
+            self._report(f"checked {self._num_done:,} of {self._num_tokens:,} tokens")

@@ -1,8 +1,8 @@
-"""The tokens of one unit of the corpus: a folder that one worker makes alone, seen only when it is whole.
+"""The tokens of one unit of the corpus: a folder that one worker makes alone, visible only when complete.
 
 A piece holds what the prepared corpus holds of its unit: token files and origins of both splits,
-quarantine.jsonl, and piece.json with the sums. Rows are counted as the unit counts them; `join.py` adds those
-of the file's earlier units. The same unit gives the same bytes wherever and however often it is made.
+quarantine.jsonl, and piece.json with the totals. Rows are counted within the unit; `join.py` adds those of
+the file's earlier units. The same unit gives the same bytes wherever and however often it is made.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ Advance = Callable[[int, int], None]
 class Work:
     """A corpus that is to be tokenized; all that a worker must know.
 
-    units: in the order of the documents. folder: of the pieces. stops: at the first rejected row. label: of
-    the processes that share this work; what others of the same label left unfinished is removed.
+    units: in the order of the documents. folder: of the pieces.
+    stops: whether the first rejected row stops the job.
+    label: of the processes that share this work; unfinished pieces left by others of this label are removed.
     """
 
     source: Source
@@ -57,7 +58,7 @@ class Work:
         return sum(unit.num_bytes for unit in self.units)
 
     def piece(self, index: int) -> Path:
-        """The unit is in the name: a piece of another cut of the corpus is none of this one."""
+        """Return the folder of a piece. Its name holds the unit: other cuts need other pieces."""
         unit = json.dumps(asdict(self.units[index])).encode()
         return self.folder / f"{index:06d}-{digest(unit)[:12]}"
 
@@ -78,7 +79,7 @@ def write_piece(
 ) -> None:
     """Tokenize a unit. BadInputError: it holds a row that cannot be used, and `work.stops`."""
     piece = work.piece(index)
-    # A name of its own: two processes may make the same piece at once, and both are right.
+    # The name is unique: two processes may make the same piece at once, and both results are valid.
     unfinished = work.folder / f"{piece.name}.{_owner(work)}.{os.getpid()}{UNFINISHED}"
     unfinished.mkdir()
     try:
@@ -98,9 +99,10 @@ def write_piece(
 
 
 def remove_unfinished(work: Work) -> None:
-    """Remove what killed processes of `work.label` on this machine have left; none of them may be alive."""
+    """Remove what killed processes of `work.label` left on this machine; none of them may be running."""
     for folder in work.folder.glob(f"*.{_owner(work)}.*{UNFINISHED}*"):
-        # Renamed first: a worker in its last moments must not name a piece what is half removed.
+        # Renamed first: else a worker that is just ending could give a half-removed folder the name of a
+        # piece.
         with suppress(FileNotFoundError):
             shutil.rmtree(folder.rename(f"{folder}.removed"), ignore_errors=True)
 
@@ -131,7 +133,7 @@ def _fill(
 
 
 class UnitRows:
-    """The documents of a unit; what is rejected goes to the quarantine. num_rows: known in the end."""
+    """Iterates over the documents of a unit and quarantines rejected rows. num_rows: known at the end."""
 
     def __init__(self, work: Work, index: int, folder: Path) -> None:
         self.quarantine = Quarantine(folder)
@@ -156,7 +158,7 @@ class UnitRows:
 def _append_batch(
     work: Work, batch: list[Document], tokenizer: TextTokenizer, writers: dict[str, SplitWriter]
 ) -> tuple[int, int]:
-    """Returns the number of bytes and of tokens."""
+    """Append a batch; return the number of bytes and of tokens."""
     end = np.array([tokenizer.end_of_document], dtype=np.int32)
     encoded = tokenizer.encode_batch([document.text for document in batch])
     found: dict[str, list[tuple[Document, np.ndarray, int]]] = {name: [] for name in writers}

@@ -1,10 +1,10 @@
 """From documents to token files: once, then from the cache, however many ranks ask.
 
 `data.cache` holds one folder per prepared source and one per tokenizer that was made for it, named by a key
-of all that decides the content (`cache_key.py`). A source is cut into units, each becomes a piece
+of all that determines the content (`cache_key.py`). A source is cut into units. Each becomes a piece
 (`pieces.py`) that some process makes (`workers.py`), here or for a shard, and the pieces are joined
-(`join.py`). What comes out is hashed while it is written: the `fingerprint` is the same wherever the text,
-the tokenizer and the split are the same.
+(`join.py`). The result is hashed while it is written: the `fingerprint` is the same wherever the text, the
+tokenizer and the split are the same.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def prepare(
     report: Report,
     unit_bytes: int | None = None,
 ) -> PreparedData:
-    """Token files of all sources of `data`, from the cache or made now. Every rank may call it; it needs no
-    process group. What killed processes and shards have finished is used.
+    """Return the token files of all sources of `data`, from the cache or made now.
 
-    report: gets progress, a line at a time. unit_bytes: see `Corpus`. User errors: those of the sources and
-    of the tokenizer; no document for training, or none for validation though data.validation_fraction > 0; a
-    token file in the cache that was changed.
+    Every rank may call it; it needs no process group. What killed processes and shards have finished is used.
+
+    report: gets progress, a line at a time. unit_bytes: see `Corpus`.
+    User errors: those of the sources and of the tokenizer; no document for training, or none for validation
+    though data.validation_fraction > 0; a token file in the cache that was changed.
     """
     corpora = _corpora(data, preparation, tokenizer, report, unit_bytes)
     sources = {corpus.name: prepare_source(corpus, report) for corpus in corpora}
@@ -65,7 +66,7 @@ def prepare_shard(
             if not corpus.is_prepared:
                 _make_share(corpus, shard, report)
         except OSError:
-            if not corpus.is_prepared:  # else others have done it all, and removed the pieces
+            if not corpus.is_prepared:  # else others have prepared it all, and removed the pieces
                 raise
         if corpus.is_prepared:
             report(f"{corpus.name} is prepared already: {corpus.folder}")
@@ -75,12 +76,12 @@ def _make_share(corpus: Corpus, shard: Shard, report: Report) -> None:
     work = corpus.work(shard.label)
     indices = shard.units(len(work.units))
     create_cache(corpus.pieces)
-    # Its time also tells `merge` which shards there are.
+    # By its time of change `merge` also learns which shards there are.
     with lock(corpus.pieces / f"{shard.label}.lock", report):
         if not corpus.is_prepared:
             corpus.make_pieces(work, indices, report)
             report(
-                f"shard {shard}: {len(indices):,} of {len(work.units):,} pieces of {corpus.name} are there"
+                f"shard {shard}: {len(indices):,} of {len(work.units):,} pieces of {corpus.name} are complete"
             )
 
 
@@ -91,7 +92,7 @@ def merge(
     report: Report,
     unit_bytes: int | None = None,
 ) -> PreparedData:
-    """`prepare` where all pieces are there. User error: some are not."""
+    """Do as `prepare` does where all pieces exist. User error: some are missing."""
     for corpus in _corpora(data, preparation, tokenizer, report, unit_bytes):
         if not corpus.is_prepared and not corpus.is_tokenized:
             work = corpus.work()

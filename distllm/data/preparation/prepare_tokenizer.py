@@ -1,4 +1,4 @@
-"""The tokenizer of a job: a finished one, or one in the cache, which is made if it must be."""
+"""The tokenizer of a job: a finished one, or one in the cache, which is trained if it is missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Report = Callable[[str], None]
 def prepare_tokenizer(
     data: schema.Data, preparation: schema.Preparation, tokenizer: schema.Tokenizer, report: Report
 ) -> Path:
-    """The folder of the tokenizer: `tokenizer.path`, or one in the cache, which is trained if it must be.
+    """Return the folder of the tokenizer: `tokenizer.path`, or one in the cache, trained if it is missing.
 
     User errors: those of loading and of training; `tokenizer.vocab_size` unlike that of a finished tokenizer.
     """
@@ -84,7 +84,7 @@ def _train(texts: Iterator[str], tokenizer: schema.Tokenizer, report: Report) ->
 
 
 def check_finished(finished: TextTokenizer, tokenizer: schema.Tokenizer) -> None:
-    """A tokenizer that is not trained has its size and its special tokens already."""
+    """Check the settings against a finished tokenizer, whose size and special tokens are fixed."""
     if tokenizer.vocab_size not in (None, finished.vocab_size):
         rule = f"must be the size of the finished tokenizer, {finished.vocab_size}"
         fix = f"tokenizer.vocab_size=null or {finished.vocab_size}"

@@ -1,4 +1,4 @@
-"""How far the tokenization of a corpus has got, a line every few seconds."""
+"""Progress of the tokenization of a corpus, a line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PROGRESS_SECONDS = 5.0
 
 
 class StoppedError(Exception):
-    """The process that started this worker wants no more of it."""
+    """The process that started this worker has asked it to stop."""
 
 
 class Counters:
-    """Memory that the workers share: what was done of each unit, and whether to stop.
+    """Memory that the workers share: the progress of each unit, and whether to stop.
 
-    Without locks: a killed worker would keep one. Each number has a single writer.
+    It has no locks, since a killed worker would never release one. Each number has a single writer.
     """
 
     def __init__(self, num_units: int) -> None:
@@ -29,7 +29,10 @@ class Counters:
         self.stop = context.RawValue("b", 0)
 
     def of_unit(self, index: int, most_bytes: int) -> Advance:
-        """For the maker of piece `index`, which may be made anew. most_bytes: of its input, 0 if unknown."""
+        """Return a function for the maker of piece `index`. most_bytes: of the unit's input, 0 if unknown.
+
+        A piece may be made anew, so its count starts at 0.
+        """
         self.num_bytes[index] = self.num_tokens[index] = 0
 
         def advance(num_bytes: int, num_tokens: int) -> None:
@@ -42,12 +45,12 @@ class Counters:
         return advance
 
     def finish(self, index: int, num_bytes: int) -> None:
-        """Text and input differ in size (packed files, other fields): a unit ends with all of its share."""
+        """Count a unit as done. Its text and input differ in size, so it ends with all of its share."""
         self.num_bytes[index] = max(self.num_bytes[index], num_bytes)
 
 
 class Progress:
-    """Tells `report` of `counters`.
+    """Reports the progress of `counters`.
 
     total_bytes: of the input of all units; bytes_before: of those that were tokenized by earlier processes.
     """
@@ -62,7 +65,7 @@ class Progress:
         self._start = self._reported = time.monotonic()
 
     def show(self) -> None:
-        """Report, if it is time to."""
+        """Report, if enough time has passed."""
         now = time.monotonic()
         if now - self._reported < PROGRESS_SECONDS:
             return
@@ -73,7 +76,7 @@ class Progress:
         rate = new_bytes / seconds
         left = max(0, self._total_bytes - done)
         total, remaining = "?", "?"
-        if self._total_bytes:  # of streamed data sets it is not known
+        if self._total_bytes:  # unknown for streamed data sets
             total = f"{self._total_bytes / 1e6:,.0f}"
             remaining = str(timedelta(seconds=round(left / rate))) if rate else "?"
         self._report(

@@ -1,4 +1,4 @@
-"""Rows and files that cannot be used: put aside and named in quarantine.jsonl, one JSON object each."""
+"""Rows and files that cannot be used: set aside and listed in quarantine.jsonl, one JSON object each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class BadInputError(Exception):
     """The first rejected row of a unit, where preparation.bad_input=stop. unit: its index."""
 
     def __init__(self, unit: int, rejected: Rejected) -> None:
-        super().__init__(unit, rejected)  # what is pickled on the way from a worker
+        super().__init__(unit, rejected)  # pickled on the way from a worker
         self.unit = unit
         self.rejected = rejected
 
 
 class Quarantine:
-    """Writes rejected rows, and counts them by reason. num_files: how many files they are of."""
+    """Writes rejected rows, and counts them by reason. num_files: number of files that they come from."""
 
     def __init__(self, folder: Path) -> None:
         self.reasons: Counter[str] = Counter()
@@ -44,19 +44,19 @@ class Quarantine:
 
 
 def entry_of(rejected: Rejected) -> dict[str, Any]:
-    """As it stands in a piece: the file by its index, the row as the unit counts it."""
+    """Return the entry in a piece: the file by its index, the row counted within the unit."""
     return asdict(rejected)
 
 
 def absolute(entry: dict[str, Any], path: str, first_row: int, source: Source) -> dict[str, Any]:
-    """As it stands in the end: the file by its path, the row as the file counts it, and its line."""
+    """Return the entry in the corpus: the file by its path, the row counted within the file, and its line."""
     row = None if entry["row"] is None else entry["row"] + first_row
     line = {"line": None if row is None else row + 1} if kind_of(source).counts_lines else {}
     return {"file": path, "row": row, **line, "reason": entry["reason"], "detail": entry["detail"]}
 
 
 def stopped(entry: dict[str, Any]) -> UserError:
-    """entry: an absolute one."""
+    """Return the error that stops the job. entry: an absolute one."""
     place = "line" if "line" in entry else "row"
     number = "" if entry["row"] is None else f", {place} {entry[place]}"
     detail = f" ({entry['detail']})" if entry["detail"] else ""
@@ -69,9 +69,9 @@ def stopped(entry: dict[str, Any]) -> UserError:
 
 
 def summary(reasons: dict[str, int], num_files: int, folder: Path) -> str:
-    """One line for the user."""
+    """Summarize the quarantine in one line for the user."""
     num_rows = sum(reasons.values())
     if set(reasons) == {"empty"}:
         return f"left out {num_rows:,} empty documents"
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
-    return f"put aside {num_rows:,} rows of {num_files:,} files ({counts}): {folder / FILE}"
+    return f"set aside {num_rows:,} rows of {num_files:,} files ({counts}): {folder / FILE}"

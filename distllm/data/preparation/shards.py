@@ -1,4 +1,4 @@
-"""Shares of a corpus, prepared apart: on many machines, at any time, on a cache that all of them see."""
+"""Parts of a corpus, prepared apart: on many machines, at any time, in a cache that all of them share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from distllm.data.preparation.pieces import Work
 
 @dataclass(frozen=True)
 class Shard:
-    """Every `number`-th unit of each source, from `index` on."""
+    """A part of the work: every `number`-th unit of each source, from `index` on."""
 
     index: int
     number: int
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """User error: not INDEX/NUMBER."""
+        """Parse INDEX/NUMBER; a user error for any other text."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if not match or int(match[1]) >= int(match[2]):
             raise user_error("shard", text, "must be INDEX/NUMBER, INDEX from 0 to NUMBER - 1", "shard=0/16")
@@ -36,7 +36,7 @@ class Shard:
 
 
 def missing_pieces(name: str, work: Work, missing: list[int]) -> UserError:
-    """Why the pieces cannot be joined yet. Shards are named as they were cut when one was last started."""
+    """Explain why the pieces cannot be joined yet. Shards are named as in the call that last started one."""
     locks = sorted(work.folder.glob("shard-*-of-*.lock"), key=lambda file: file.stat().st_mtime_ns)
     rule = f"{len(missing):,} of {len(work.units):,} pieces of {name} are missing"
     if locks:

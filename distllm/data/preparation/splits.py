@@ -14,7 +14,8 @@ from distllm.config.problems import user_error
 from distllm.data.indexed import TokenWriter
 from distllm.data.prepared import Split
 
-# Of the hash that holds documents out. With another one, old models have been trained on new validation text.
+# Salt of the hash that holds documents out. With another one, a model trained before would have seen
+# documents of the new validation split.
 HASH_SEED = 0x5EED_DA7A
 
 # Where a document came from: index of its file in files.json, and its row in that file, from 0.
@@ -22,7 +23,10 @@ ORIGIN = np.dtype([("file", "<u4"), ("row", "<u8")])
 
 
 def is_held_out(content: bytes, validation_fraction: float) -> bool:
-    """Whether a document (UTF-8) is for validation: by its text alone, so equal documents stay together."""
+    """Return whether a document (UTF-8) is for validation.
+
+    This depends on its text alone, so that equal documents are in the same split.
+    """
     return xxhash.xxh3_64_intdigest(content, seed=HASH_SEED) < validation_fraction * 2**64
 
 
@@ -31,7 +35,7 @@ def split_names(validation_fraction: float) -> tuple[str, ...]:
 
 
 class SplitWriter:
-    """Token files of one split and `PREFIX.origins`, with the sums that the manifest tells."""
+    """Writes the token files of one split and `PREFIX.origins`, and collects the totals for the manifest."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self.prefix = prefix
@@ -62,12 +66,12 @@ class SplitWriter:
 
 
 def fingerprint(digests: Sequence[str], vocab_size: int) -> str:
-    """Of the tokens of the splits, by their digests, and of the size of the vocabulary."""
+    """Hash the tokens of the splits, given by their digests, and the size of the vocabulary."""
     return xxhash.xxh3_128_hexdigest(f"{list(digests)} {vocab_size}".encode())
 
 
 def check_counts(data: schema.Data, source: Source, num_train: int, num_validation: int | None) -> None:
-    """User error: no document in a split that must have one."""
+    """Check that each split that must have documents has one; else a user error."""
     if num_train + (num_validation or 0) == 0:
         rule, fix = "a document must have text that can be used; none has", "name other files"
         raise user_error("data.path", source.path, rule, fix)

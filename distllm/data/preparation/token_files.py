@@ -1,4 +1,4 @@
-"""Whether token files are still what they were: by size and samples, cheap enough for every start."""
+"""Detect changed token files: by size and samples, cheap enough for every start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_BYTES = 1 << 16
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """For the manifest: of each file its size and a hash of samples. names: in `folder`, or absolute."""
+    """Return for the manifest each file's size and a hash of samples. names: in `folder`, or absolute."""
     return {
         name: {"num_bytes": (folder / name).stat().st_size, "samples": sample_digest(folder / name)}
         for name in names
@@ -23,7 +23,7 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def sample_digest(file: Path) -> str:
-    """Hash of blocks at fixed shares of the file, the last one at its end; of all of a small file."""
+    """Hash blocks at fixed fractions of the file, the last one at its end; a small file is hashed whole."""
     digest = xxhash.xxh3_128()
     last = max(0, file.stat().st_size - BLOCK_BYTES)
     starts = sorted({last * i // (NUM_BLOCKS - 1) for i in range(NUM_BLOCKS)})
@@ -38,12 +38,12 @@ def sample_digest(file: Path) -> str:
 
 
 def check_token_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """User error: a file of a prepared corpus is gone, or is not what it was."""
+    """Check the files of a prepared corpus. User error: one is missing or has changed."""
     for name, known in manifest["token_files"].items():
         file = folder / name
         found = file.is_file()
         if found and file.stat().st_size == known["num_bytes"] and sample_digest(file) == known["samples"]:
             continue
-        rule = "it has been changed since it was prepared" if found else "it is gone"
-        fix = f"remove {folder}, and it is prepared anew"
+        rule = "it has changed since it was prepared" if found else "it is missing"
+        fix = f"remove {folder}, and it is prepared again"
         raise user_error("data.cache", file, f"must be as it was prepared; {rule}", fix)

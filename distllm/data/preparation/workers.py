@@ -1,4 +1,4 @@
-"""The units of a corpus, tokenized by several processes; any of them, or all, may be killed at any time."""
+"""Tokenize the units of a corpus in several processes; any of them, or all, may be killed at any time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from distllm.data.preparation.progress import PROGRESS_SECONDS, Counters, Progre
 from distllm.data.tokenizer import CHARACTERS_PER_BATCH, TextTokenizer
 from distllm.runtime.launcher import die_with
 
-# Less is done by this process alone, on all cores, before workers have even started.
+# This process alone, on all cores, is done with a smaller corpus before workers have even started.
 FEWEST_UNITS = 16
 THREADS_PER_WORKER = 2
-# A worker has one core: what does not fill many cores at once needs less memory.
+# A worker has one core, so smaller batches, which need less memory, keep it busy.
 CHARACTERS_PER_WORKER_BATCH = 1 << 20
 MOST_DEATHS = 3  # in a row, without a piece made meanwhile
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """num_threads: of each worker's tokenizer."""
+    """The size of a pool of workers. num_threads: of each worker's tokenizer."""
 
     num_workers: int
     num_threads: int
@@ -55,11 +55,12 @@ def make_pieces(
     bytes_before = num_bytes - sum(work.units[index].num_bytes for index in remaining)
     progress = Progress(counters, num_bytes, bytes_before, report)
     if len(remaining) < len(indices):
-        report(f"goes on with {len(remaining):,} of {len(indices):,} pieces; the others are there")
+        report(f"continues with {len(remaining):,} of {len(indices):,} pieces; the others are complete")
     num_cores = len(os.sched_getaffinity(0))
     if num_workers is None:
-        # Threads of one process share the tokenizer's caches, but what Python does goes one by one: two
-        # threads beat two processes (0.93 of the bare tokenizer's rate and 0.80), many would not.
+        # Threads of one process share the tokenizer's caches, but Python code runs in one thread at a time:
+        # two threads were faster than two processes (0.93 of the bare tokenizer's rate and 0.80), many would
+        # not be.
         num_workers = max(1, num_cores // THREADS_PER_WORKER)
     if num_workers == 1 or len(remaining) < FEWEST_UNITS:
         _make_here(work, remaining, tokenizer, counters, progress)
@@ -100,7 +101,7 @@ def _make_in_workers(
             if num_deaths == MOST_DEATHS:
                 rule = f"{num_deaths} workers have died, one after another; the system may lack memory"
                 raise user_error(
-                    "preparation.workers", size.num_workers, rule, "fewer of them; what is done is kept"
+                    "preparation.workers", size.num_workers, rule, "fewer workers; finished pieces are kept"
                 ) from None
             report("a worker was killed; its pieces are made anew")
         else:
@@ -108,7 +109,7 @@ def _make_in_workers(
 
 
 def _run_pool(work: Work, indices: list[int], size: _Pool, counters: Counters, progress: Progress) -> None:
-    """BrokenProcessPool: a worker was killed. The executor ends the others then."""
+    """Run the pool. BrokenProcessPool: a worker was killed; the executor then ends the others."""
     counters.stop.value = 0
     # Not by fork: this process may have threads, of torch among others, that hold locks.
     pool = ProcessPoolExecutor(
@@ -131,13 +132,13 @@ def _run_pool(work: Work, indices: list[int], size: _Pool, counters: Counters, p
                     num_done += 1
                 progress.show()
         except BaseException:
-            counters.stop.value = 1  # else leaving waits until the workers have finished their units
-            pool.shutdown(cancel_futures=True)  # and wait: none may be at work when our lock is free
+            counters.stop.value = 1  # else shutdown waits until the workers have finished their units
+            pool.shutdown(cancel_futures=True)  # waits: no worker may run when our lock is free
             raise
 
 
 def _submit(pool: ProcessPoolExecutor, indices: list[int]) -> list[Future[None]]:
-    # The workers start here, and inherit what is blocked: an interrupt from the terminal is for this process.
+    # The workers start here and inherit blocked signals: only this process handles Ctrl-C in the terminal.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return [pool.submit(_make, index) for index in indices]
@@ -145,7 +146,7 @@ def _submit(pool: ProcessPoolExecutor, indices: list[int]) -> list[Future[None]]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# What a worker was started with.
+# The arguments that a worker was started with.
 _worker: tuple[Work, Counters, TextTokenizer]
 
 

@@ -25,7 +25,7 @@ class Arrow(Tables):
 
         with pa.OSFile(path) as stream:
             reader = _open(stream)
-            # A stream tells its batches only to those who read it all.
+            # The batches of a stream are known only after reading all of it.
             return [1] * reader.num_record_batches if isinstance(reader, pa.RecordBatchFileReader) else []
 
     def parts(self, path: str, text_field: str, start: int | None, stop: int | None) -> Parts:

@@ -1,8 +1,8 @@
-"""The text column of tables in memory, in batches. What is read there is checked row by row here.
+"""The text column of tables in memory, in batches. Its rows are checked here one by one.
 
-The formats hold a batch of rows in one piece: a too long document is in memory with its batch before it is
-rejected. Of Parquet that is about BATCH_BYTES, or one row, and a page; of Arrow, what the writer made one
-record batch.
+The formats hold a batch of rows in one piece: a document that is too long is in memory with its batch before
+it is rejected. For Parquet that is about BATCH_BYTES, or one row, and a page; for Arrow, one record batch as
+it was written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distllm.data.sources.documents import Document, Rejected, checked_document,
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 4096
 
-# ValueError, IndexError: of a broken file, names that are not UTF-8 and numbers out of range.
+# ValueError, IndexError: raised for a broken file, names that are not UTF-8 and numbers out of range.
 READ_ERRORS = (OSError, ValueError, IndexError, pa.ArrowException)
 
 TEXT_AS_BYTES = {
@@ -27,21 +27,21 @@ TEXT_AS_BYTES = {
 
 
 def column_problem(schema: pa.Schema, text_field: str) -> tuple[str, str] | None:
-    """Reason and detail for which `text_field` is no column of text."""
+    """Return reason and detail if `text_field` is not a column of text."""
     index = schema.get_field_index(text_field)
     if index < 0:
         return "missing field", f"no column {text_field!r} among {schema.names}"
     kind = schema.field(index).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    # Some writers leave away that their bytes are text. All null is text that is not there.
+    # Some writers omit that their bytes are text. A column of nulls only is text that is missing.
     if kind not in (*TEXT_AS_BYTES, *TEXT_AS_BYTES.values(), pa.null()):
         return "not text", f"column {text_field!r} holds {kind}"
     return None
 
 
 def encoded_texts(column: pa.Array) -> Iterator[bytes | None]:
-    """The rows of a text column as they are in memory: one that is not UTF-8 spoils no other."""
+    """Yield the rows of a text column as raw bytes: one that is not UTF-8 does not affect the others."""
     if pa.types.is_dictionary(column.type):
         texts = list(encoded_texts(column.dictionary))
         for index in column.indices.to_pylist():
@@ -71,7 +71,7 @@ def decoded_document(
 def _as_bytes(column: pa.Array) -> pa.Array:
     if column.type in TEXT_AS_BYTES:
         column = column.view(TEXT_AS_BYTES[column.type])
-    column.validate(full=True)  # or a broken file could make pyarrow read beside its memory
+    column.validate(full=True)  # else a broken file could make pyarrow read outside its buffers
     return column
 
 

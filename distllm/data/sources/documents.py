@@ -1,4 +1,4 @@
-"""What the readers take and give: input files, units of work, documents and rejected rows."""
+"""The types that readers take and return: input files, units of work, documents and rejected rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ LONGEST_DETAIL = 200
 
 @dataclass(frozen=True)
 class InputFile:
-    """path: absolute; of a Hugging Face data set "NAME[/SUBSET]:SPLIT" and the shard.
+    """An input file.
 
+    path: absolute; of a Hugging Face data set "NAME[/SUBSET]:SPLIT" and the shard.
     num_bytes: 0 where unknown. modified_ns: time of the last change; None where both are unknown.
     """
 
@@ -23,7 +24,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads alone: whole files, or a range of one file.
+    """The work of one reader at a time: whole files, or a range of one file.
 
     first_file, end_file: the files, as indices into the list of files, end_file excluded.
     start, stop: None, or the range of the one file: bytes of plain JSON lines, row groups of Parquet, record
@@ -40,8 +41,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """text: always encodable as UTF-8, never empty. file: index into the list of files.
+    """One document of a corpus.
 
+    text: can always be encoded as UTF-8, never empty. file: index into the list of files.
     row: counted from 0 from the start of the file, or of the unit if that is a range of the file.
     """
 
@@ -68,17 +70,17 @@ class Rejected:
 
 @dataclass(frozen=True)
 class UnitEnd:
-    """The last that a unit gives. num_rows: of the unit, blank JSON lines and rejected rows included."""
+    """The end marker of a unit. num_rows: of the unit, blank JSON lines and rejected rows included."""
 
     num_rows: int
 
 
-# What the reader of one file, or of a range of it, gives; it returns the number of rows.
+# The iterator over one file, or a range of it; it returns the number of rows.
 Rows: TypeAlias = Generator[Document | Rejected, None, int]
 
 
 def checked_document(text: str, file: int, row: int, max_document_bytes: int | None) -> Document | Rejected:
-    """`text` as a document: none that is empty or too long, and always encodable."""
+    """Return `text` as a document that can be encoded; an empty or too long one is rejected."""
     if not text:
         return Rejected(file, row, "empty", "")
     if not text.isascii():
@@ -96,13 +98,13 @@ def too_long(file: int, row: int | None, num_bytes: int, max_bytes: int, what: s
 
 
 def unreadable(file: int, error: BaseException, place: str = "") -> Rejected:
-    """The rest of a file cannot be read. place: how far it could, such as "after line 7"."""
+    """Reject the rest of a file. place: how far it could be read, such as "after line 7"."""
     detail = f"{type(error).__name__}: {error}"
     return Rejected(file, None, "unreadable file", f"{place}: {detail}" if place else detail)
 
 
 def _encodable(text: str) -> str:
-    """JSON can hold halves of UTF-16 pairs, which no tokenizer takes: each becomes U+FFFD."""
+    """Replace unpaired UTF-16 surrogates, which JSON can hold and no tokenizer takes, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from distllm.data.sources.documents import InputFile
 
 
 def is_matched(path: str) -> bool:
-    """Whether there is a file at all; looks no further than to the first."""
+    """Return whether any file matches; stops at the first."""
     pattern = os.path.expanduser(path)
     if os.path.isfile(pattern):
         return True
@@ -19,7 +19,7 @@ def is_matched(path: str) -> bool:
 
 
 def matching_paths(path: str) -> list[Path]:
-    """Absolute and sorted. User error: there is none."""
+    """Return the matching paths, absolute and sorted. User error: there is none."""
     pattern = os.path.expanduser(path)
     # A file whose name holds [ or * is meant literally.
     matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
@@ -34,7 +34,7 @@ def matching_paths(path: str) -> list[Path]:
 
 
 def files_of(path: str, paths: list[Path]) -> list[InputFile]:
-    """Size and time of the files `paths` that the glob `path` names. User error: all of them are empty."""
+    """Return size and time of the files `paths` that the glob `path` matches. User error: all are empty."""
     files = [input_file(file) for file in paths]
     if not any(file.num_bytes for file in files):
         rule, fix = f"all {len(files)} files are empty", "name files with text"
@@ -48,7 +48,7 @@ def input_file(path: Path) -> InputFile:
 
 
 def has_changed(file: InputFile) -> bool:
-    """Whether it is not what it was when it was listed; a file that is gone has changed."""
+    """Return whether the file has changed since it was listed; a removed file has changed."""
     try:
         return input_file(Path(file.path)) != file
     except OSError:

@@ -31,13 +31,13 @@ class HuggingFace(SourceKind):
             yield Problem(f"{place}.path", source.path, rule, fix)
 
     def environment_problems(self, place: str, source: Source) -> Iterator[Problem]:
-        """To ask the library, or even the hub, takes seconds: `list_files` tells what is not there."""
+        """Find no problems: asking the library or the hub takes seconds, so `list_files` reports them."""
         yield from ()
 
     def list_files(self, source: Source) -> list[InputFile]:
-        """The data files of a split, each a shard, in the library's order; a saved data set is one file.
+        """List the data files of a split, each a shard, in the library's order; a saved data set is one file.
 
-        User errors: data set, subset, split or column that is not there; the hub cannot be reached.
+        User errors: a data set, subset, split or column that does not exist; the hub cannot be reached.
         """
         huggingface_splits.open_split.cache_clear()  # it may have changed since
         dataset, files = huggingface_splits.open_split(source)
@@ -45,13 +45,13 @@ class HuggingFace(SourceKind):
         return files
 
     def ranges(self, source: Source, file: InputFile, unit_bytes: int) -> Iterator[Range]:
-        """A saved data set can be cut between any two rows; no other can."""
+        """Cut a saved data set between any two rows; no other can be cut."""
         if _is_saved(source):
             num_rows = len(huggingface_splits.open_split(source)[0])
             yield from even_ranges(num_rows, file.num_bytes, unit_bytes)
 
     def changed_file(self, source: Source, files: list[InputFile]) -> InputFile | None:
-        """Lists them again: the path of a shard is not one of this machine."""
+        """List the files again and compare: a shard's path is not one of this machine."""
         if all(file.modified_ns is None for file in files):
             return None  # of the hub, whose addresses hold the commit
         present_files = self.list_files(source)
@@ -60,9 +60,7 @@ class HuggingFace(SourceKind):
     def read(
         self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
     ) -> Rows:
-        """User errors: the data set has changed since the files were listed; the hub cannot be reached any
-        more.
-        """
+        """Read rows. User errors: the data set changed since its files were listed; the hub is down."""
         import pyarrow as pa
 
         from distllm.data.sources.columns import column_problem, decoded_document, encoded_texts
@@ -85,10 +83,10 @@ class HuggingFace(SourceKind):
         except UserError:
             raise
         except Exception as error:
-            # The library passes on what pyarrow, fsspec and the decompressors raise, each of another kind.
+            # The library passes on errors of pyarrow, fsspec and the decompressors, which share no type.
             is_of_the_data = isinstance(error, ValueError | pa.ArrowException)
             if huggingface_splits.local_folder(source) is None and not is_of_the_data:
-                # The net is at fault, not the data: what is left out now would be missing for good.
+                # The network failed, not the data: rows left out now would be missing for good.
                 raise huggingface_splits.unreachable(source, error) from error
             yield unreadable(file, error, f"after row {row}")
         return row
@@ -116,7 +114,7 @@ def _check_column(source: Source, dataset: Any) -> None:
     if schema is None:
         try:
             first = next(iter(dataset.with_format("arrow").iter(1)), None)
-        except Exception:  # reading will meet it again, and tell the place
+        except Exception:  # reading meets it again, and reports the place
             return
         schema = first.schema if first is not None else None
     problem = column_problem(schema, source.text_field) if schema is not None else None

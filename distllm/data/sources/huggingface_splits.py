@@ -1,4 +1,4 @@
-"""Opens a split of a Hugging Face data set; where a name is wrong, the user hears what there is."""
+"""Open a split of a Hugging Face data set; for a wrong name, the error lists the names that exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def local_folder(source: Source) -> Path | None:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
@@ -40,9 +40,9 @@ def _shard_file(name: str, data_file: str) -> InputFile:
 
 @functools.lru_cache(maxsize=1)  # to ask the hub takes seconds, and there are many units
 def open_split(source: Source) -> tuple[Any, list[InputFile]]:
-    """The split and its files, of `Dataset.save_to_disk` one that stands for the folder.
+    """Return the split and its files; after `Dataset.save_to_disk` one file stands for the folder.
 
-    User errors: data set, subset or split that is not there; the hub cannot be reached.
+    User errors: a data set, subset or split that does not exist; the hub cannot be reached.
     """
     folder = local_folder(source)
     name = f"{folder or source.path}{f'/{source.subset}' if source.subset else ''}:{source.split}"
@@ -57,7 +57,7 @@ def open_split(source: Source) -> tuple[Any, list[InputFile]]:
 
 
 def _open_saved(source: Source, folder: Path) -> Any:
-    import datasets  # seconds; not needed for the other sources
+    import datasets  # takes seconds; the other sources do not need it
 
     if source.subset is not None:
         raise user_error("data.subset", source.subset, "a saved data set has no subsets", "data.subset=null")
@@ -76,7 +76,7 @@ def _open_saved(source: Source, folder: Path) -> Any:
 
 
 def _open_streamed(source: Source, folder: Path | None) -> tuple[Any, list[str]]:
-    """The split and its data files."""
+    """Return the split and its data files."""
     import datasets
 
     if folder:
@@ -109,7 +109,7 @@ def _open_streamed(source: Source, folder: Path | None) -> tuple[Any, list[str]]
 
 
 def _check_names(source: Source, folder: Path) -> None:
-    # datasets (5.2) takes :: for a chain of addresses and passes over such a file without a word.
+    # datasets (5.2) takes :: for a chain of addresses and silently skips such a file.
     if chained := [str(path) for path in folder.rglob("*::*") if path.is_file()]:
         rule = f"the datasets library passes over files with '::' in their names, such as {chained[0]}"
         raise user_error("data.path", source.path, rule, "rename them")

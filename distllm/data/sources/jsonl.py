@@ -1,4 +1,4 @@
-"""JSON lines: one object each, plain or packed. Read in binary: no locale decides what a byte means."""
+"""JSON lines: one object each, plain or packed. Read in binary, so that no locale affects decoding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distllm.data.sources.source_kind import SourceKind
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PIECE_BYTES = 1 << 20
 
-# A byte of text takes at most six in JSON (\u0041). What a line holds beside the text comes on top.
+# A byte of text takes at most six in JSON (\u0041). The rest of a line comes on top.
 ESCAPED_BYTES = 6
 OTHER_FIELDS_BYTES = 1 << 20
 
@@ -37,7 +37,7 @@ class JsonLines(SourceKind):
             yield from even_ranges(file.num_bytes, file.num_bytes, unit_bytes)
 
     def may_be_blank(self, file: InputFile) -> bool:
-        """Plain, it could be cut: blank lines are nothing in any part of a file, so neither in all of it."""
+        """Accept blank plain files: they can be cut, and blank lines are ignored in every part."""
         return not is_packed(file.path)
 
     def read(
@@ -55,7 +55,7 @@ def _read_lines(
     start: int | None,
     stop: int | None,
 ) -> Rows:
-    """The lines of a file, or those that start at its bytes [start, stop)."""
+    """Read the lines of a file, or those that start at its bytes [start, stop)."""
     row = 0
     longest_line = (
         -1 if max_document_bytes is None else ESCAPED_BYTES * max_document_bytes + OTHER_FIELDS_BYTES
@@ -81,7 +81,7 @@ def _read_lines(
 
 
 def _first_line(stream: BinaryIO, start: int, stop: int | None) -> int:
-    """Go to the first line that starts at `start` or later; where that is, at most `stop`."""
+    """Go to the first line that starts at `start` or later; return its place, at most `stop`."""
     position = stream.seek(start - 1)
     while stop is None or position < stop:
         piece = stream.readline(PIECE_BYTES if stop is None else min(PIECE_BYTES, stop - position))
@@ -92,7 +92,7 @@ def _first_line(stream: BinaryIO, start: int, stop: int | None) -> int:
 
 
 def _skip_line(stream: BinaryIO) -> int:
-    """Read the rest of a line away; how many bytes it had."""
+    """Skip the rest of a line; return how many bytes it had."""
     num_bytes = 0
     while piece := stream.readline(PIECE_BYTES):
         num_bytes += len(piece)
@@ -104,7 +104,7 @@ def _skip_line(stream: BinaryIO) -> int:
 def _parse(
     line: bytes, file: int, row: int, text_field: str, max_document_bytes: int | None
 ) -> Document | Rejected | None:
-    """None for a blank line."""
+    """Parse a line; None for a blank one."""
     try:
         content = line.removeprefix(BYTE_ORDER_MARK).decode()
         if content.isspace() or not content:
@@ -113,7 +113,7 @@ def _parse(
     except UnicodeDecodeError as error:
         return Rejected(file, row, "invalid UTF-8", f"{error.reason} at byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        # Not error.colno: the end of the line is a part of the content.
+        # Not error.colno: it would count into the line break, which is part of the content.
         column = min(error.pos, len(error.doc.rstrip())) + 1
         return Rejected(file, row, "broken JSON", f"{error.msg} at column {column}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting

@@ -1,5 +1,6 @@
-"""A pair of token files, .bin and .idx, that another tool made. `preparation/megatron_pair.py` looks through
-it; nothing is read here.
+"""A pair of token files, .bin and .idx, that another tool made.
+
+`preparation/megatron_pair.py` checks the pair; nothing is read here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Megatron(SourceKind):
     is_tokenized = True
 
     def list_files(self, source: Source) -> list[InputFile]:
-        """The one .bin. User errors: there is none, or several, or one that is empty or without its index."""
+        """Return the one .bin. User errors: none, several, or one that is empty or lacks its index."""
         path = required_path(source)
         return files_of(path, [_token_file(path, matching_paths(path))])
 

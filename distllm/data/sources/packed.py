@@ -1,4 +1,4 @@
-"""Packed files as streams of bytes, of which every byte before a broken place can be read."""
+"""Packed files as streams of bytes, where every byte before a broken place can be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16
 
-# What opening and reading raise where a file cannot be read or is broken; gzip's and pyarrow's are OSErrors.
+# Errors of opening and reading a broken or unreadable file; gzip's and pyarrow's are OSErrors.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -40,14 +40,14 @@ def is_packed(path: str) -> bool:
 
 
 def open_unpacked(path: str) -> BinaryIO:
-    """The bytes of a file, unpacked by its suffix; members or frames that follow each other are joined."""
+    """Open a file, unpacked by its suffix; members or frames that follow each other are joined."""
     if not is_packed(path):
         return open(path, "rb", buffering=BUFFER_BYTES)
     return io.BufferedReader(_Pieces(OPENERS[Path(path).suffix.lower()](path)), BUFFER_BYTES)
 
 
 class _Pieces(io.RawIOBase):
-    """Reads `packed` in small pieces: an error takes the piece with it in which it is met, and no more."""
+    """Reads `packed` in small pieces, so that an error loses only the piece in which it occurs."""
 
     def __init__(self, packed: Any) -> None:
         self._packed = packed

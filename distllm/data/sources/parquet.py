@@ -1,4 +1,4 @@
-"""Parquet files, whose parts are row groups: a row group, and of a large one a few pages, is in memory."""
+"""Parquet files, whose parts are row groups; of a large row group a few pages are in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Parquet(Tables):
 
         from distllm.data.sources.columns import rows_per_batch
 
-        # Pages are read one after the other; as it stands pyarrow takes the whole column of a row group at
+        # Pages are read one after the other; by default pyarrow reads the whole column of a row group at
         # once.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
             index = parquet.schema_arrow.get_field_index(text_field)
-            assert index >= 0, "column_problem() must have seen to it"
+            assert index >= 0, "column_problem() must have rejected other columns"
             for group in range(start or 0, parquet.num_row_groups if stop is None else stop):
                 metadata = parquet.metadata.row_group(group)
                 columns = (metadata.column(number) for number in range(metadata.num_columns))

@@ -1,4 +1,4 @@
-"""Cuts a large file into ranges: (start, stop, num_bytes) of each."""
+"""Cut a large file into ranges: (start, stop, num_bytes) of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Range: TypeAlias = tuple[int, int, int]
 
 
 def even_ranges(end: int, num_bytes: int, unit_bytes: int) -> Iterator[Range]:
-    """[0, end), which are `num_bytes`, in steps of about `unit_bytes`."""
+    """Cut [0, end), which holds `num_bytes`, in steps of about `unit_bytes`."""
     step = max(1, end * unit_bytes // num_bytes)
     for start in range(0, end, step):
         stop = min(start + step, end)
@@ -17,7 +17,7 @@ def even_ranges(end: int, num_bytes: int, unit_bytes: int) -> Iterator[Range]:
 
 
 def grouped(sizes: Sequence[int], unit_bytes: int) -> Iterator[Range]:
-    """Parts of a file, by their bytes, in ranges of about `unit_bytes`."""
+    """Group the parts of a file, given their bytes, into ranges of about `unit_bytes`."""
     start, num_bytes = 0, 0
     for index, size in enumerate(sizes):
         if index > start and num_bytes + size > unit_bytes:

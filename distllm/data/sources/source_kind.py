@@ -1,8 +1,8 @@
-"""What the rest of the package knows of a kind of source: a new kind is one file beside this one, and one
-line of the table SOURCES (`distllm/config/registry.py`).
+"""The interface of a kind of sources: a new kind is one file beside this one, and one line of the table
+SOURCES (`distllm/config/registry.py`).
 
-A mistake in the settings is answered within a second: what takes long to import (pyarrow, datasets) is
-imported in the functions that read, not at the top of a kind's file.
+A mistake in the settings must be reported within a second: modules that are slow to import (pyarrow,
+datasets) are imported in the functions that read, not at the top of a kind's file.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ from distllm.data.sources.ranges import Range
 
 
 class SourceKind:
-    """As it stands, a kind of files that `source.path` names by a glob, each of them read whole; such a kind
-    needs no more than `read`.
+    """A kind of sources. By default its files match the glob `source.path` and each is read whole; such a
+    kind needs no more than `read`.
 
     is_tokenized: the one file is the .bin of a pair of token files that another tool made; it is used as it
         is, and neither planned nor read.
-    counts_lines: a row is a line, and the quarantine says its number too.
+    counts_lines: a row is a line, and the quarantine gives its number too.
     """
 
     is_tokenized = False
     counts_lines = False
 
     def problems(self, place: str, source: Source) -> Iterator[Problem]:
-        """What the settings get wrong, without a look at any file. place: the setting that holds `source`."""
+        """Find mistakes in the settings alone; reads no file. place: the setting that holds `source`."""
         if not source.path:
             rule = f"is required for {place}.source={source.source}"
             yield Problem(f"{place}.path", source.path, rule, f"{place}.path='FOLDER/**/*', a glob of files")
 
     def environment_problems(self, place: str, source: Source) -> Iterator[Problem]:
-        """What this machine lacks; of settings with `problems`, nothing."""
+        """Find what this machine lacks; not called for settings with `problems`."""
         if source.path and not is_matched(source.path):
             rule = f"must match files; none does, seen from {os.getcwd()}"
             fix = f"{place}.path='FOLDER/**/*.txt', quoted for the shell"
             yield Problem(f"{place}.path", source.path, rule, fix)
 
     def list_files(self, source: Source) -> list[InputFile]:
-        """The files that hold the documents, in an order that does not change.
+        """List the files that hold the documents, in a stable order.
 
         User errors: no file matches, or only empty ones.
         """
         return files_of(required_path(source), matching_paths(required_path(source)))
 
     def identity(self, source: Source) -> dict[str, Any]:
-        """What decides, beside files, subset and split, which documents there are: it enters the cache's key.
+        """Return what determines the documents beside files, subset and split; it enters the cache's key.
 
-        What is forgotten here lets two corpora that differ share one place in the cache.
+        If something is missing here, two corpora that differ share one place in the cache.
         """
         return {"text_field": source.text_field}
 
     def check_files(self, source: Source, files: list[InputFile]) -> None:
-        """User error: the files are not what `source` says of them. Called before they are cut into units."""
+        """Check the files against `source`; else a user error. Called before they are cut into units."""
 
     def ranges(self, source: Source, file: InputFile, unit_bytes: int) -> Iterator[Range]:
         """Cut a file of more than `unit_bytes` into ranges; none if it must be read whole.
@@ -69,19 +69,19 @@ class SourceKind:
         yield from ()
 
     def changed_file(self, source: Source, files: list[InputFile]) -> InputFile | None:
-        """The first of `files` that is not what it was when it was listed, if that can be told."""
+        """Return the first of `files` that has changed since it was listed, if that can be determined."""
         return next((file for file in files if file.modified_ns is not None and has_changed(file)), None)
 
     def may_be_blank(self, file: InputFile) -> bool:
-        """Whether a file that gives no row, but is not without a byte, is nothing bad."""
+        """Return whether a file that holds bytes but gives no row is acceptable."""
         return False
 
     def read(
         self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
     ) -> Rows:
-        """The rows of `files[file]`, or of the range [unit.start, unit.stop) of it.
+        """Read the rows of `files[file]`, or of the range [unit.start, unit.stop) of it.
 
-        What cannot be used becomes `Rejected`, and is never fatal.
+        Rows that cannot be used become `Rejected`, and are never fatal.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no documents")
 

@@ -1,4 +1,4 @@
-"""The Python standard library of the running interpreter: real text that is on every machine."""
+"""The Python standard library of the running interpreter: real text that exists on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Parquet and Arrow files have in common: a table in parts, with a column of text."""
+"""The common part of Parquet and Arrow files: a table in parts, with a column of text."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from distllm.data.sources.source_kind import SourceKind
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Of each part: where it is, its number of rows if that is told, and its text in pieces.
+# Of each part: its place, its number of rows if known, and its text in pieces.
 Parts: TypeAlias = "Iterator[tuple[str, int | None, Iterator[pa.Array]]]"
 
 
 class Tables(SourceKind, ABC):
-    """A format of tables says how one is opened; all of it raises `columns.READ_ERRORS` for a broken file."""
+    """A format of tables; every method raises one of `columns.READ_ERRORS` for a broken file."""
 
     @abstractmethod
     def schema(self, path: str) -> pa.Schema:
-        """The columns, told without reading a row."""
+        """Return the columns, without reading a row."""
 
     @abstractmethod
     def part_sizes(self, path: str) -> list[int]:
-        """Sizes of the parts, in no particular unit; [] where they cannot be told apart."""
+        """Return the sizes of the parts, in any unit; [] where the parts cannot be told apart."""
 
     @abstractmethod
     def parts(self, path: str, text_field: str, start: int | None, stop: int | None) -> Parts:
-        """The parts [start, stop), or all."""
+        """Read the parts [start, stop), or all."""
 
     def check_files(self, source: Source, files: list[InputFile]) -> None:
-        """User error: no file has the text, so that the name must be wrong. Unreadable files say nothing."""
+        """Check that some file has the text. User error: none has, so the name must be wrong.
+
+        Unreadable files are ignored here.
+        """
         from distllm.data.sources.columns import READ_ERRORS, column_problem
 
         problems = []
@@ -60,14 +63,14 @@ class Tables(SourceKind, ABC):
                 return
             sizes = self.part_sizes(file.path)
         except READ_ERRORS:
-            return  # `read` will tell
+            return  # `read` reports it
         scale = file.num_bytes / max(1, sum(sizes))
         yield from grouped([int(size * scale) for size in sizes], unit_bytes)
 
     def read(
         self, source: Source, files: list[InputFile], file: int, unit: Unit, max_document_bytes: int | None
     ) -> Rows:
-        """A broken part is left out."""
+        """Read rows; a broken part is left out."""
         from distllm.data.sources.columns import (
             READ_ERRORS,
             column_problem,

@@ -1,4 +1,4 @@
-"""The work of reading a source of any kind, cut into units that do not depend on who reads them."""
+"""Cut the work of reading a source of any kind into units that do not depend on who reads them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from distllm.data.sources.source_kind import kind_of
 
 
 def list_files(source: Source) -> list[InputFile]:
-    """User errors: those of the kind's `list_files`."""
+    """List the files of a source. User errors: those of the kind's `list_files`."""
     return kind_of(source).list_files(source)
 
 
 def plan_units(source: Source, files: list[InputFile], unit_bytes: int) -> list[Unit]:
-    """Units of about `unit_bytes` each; the documents of all of them, in order, are the corpus in order.
+    """Plan units of about `unit_bytes` each; their documents, in order, are the corpus in order.
 
     A function of the files alone. Small files share a unit; a larger one is cut into ranges, where its format
     allows. User error: no file has the column `text_field`.
@@ -25,10 +25,10 @@ def plan_units(source: Source, files: list[InputFile], unit_bytes: int) -> list[
     assert not kind.is_tokenized, "token files are used as they are"
     kind.check_files(source, files)
     units: list[Unit] = []
-    first_file, num_bytes = 0, 0  # of the whole files that wait to become a unit
+    first_file, num_bytes = 0, 0  # of the whole files of the unit being collected
     for index, file in enumerate(files):
         ranges = list(kind.ranges(source, file, unit_bytes)) if file.num_bytes > unit_bytes else []
-        # A file of unknown size is a unit of its own; that an empty one is empty is known.
+        # A file of unknown size is a unit of its own, since it may be large.
         is_full = file.modified_ns is None or num_bytes + file.num_bytes > unit_bytes
         if index > first_file and (len(ranges) > 1 or is_full):
             units.append(Unit(first_file, index, None, None, num_bytes))
@@ -46,7 +46,7 @@ def plan_units(source: Source, files: list[InputFile], unit_bytes: int) -> list[
 def read_unit(
     source: Source, files: list[InputFile], unit: Unit, max_document_bytes: int | None
 ) -> Iterator[Document | Rejected | UnitEnd]:
-    """All documents and rejected rows of `unit`, in order, then one `UnitEnd`.
+    """Yield all documents and rejected rows of `unit`, in order, then one `UnitEnd`.
 
     Holds one batch of rows in memory, and nothing of a document beyond a small multiple of
     `max_document_bytes` where the format allows.
@@ -63,7 +63,7 @@ def read_unit(
 
 
 def _told_if_empty(rows: Rows, file: int) -> Rows:
-    """The same; a whole file that gives nothing at all, not even a bad row, is rejected."""
+    """Yield `rows`; a whole file that gives nothing at all, not even a bad row, is rejected."""
     is_empty = True
     while True:
         try:

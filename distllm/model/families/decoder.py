@@ -1,6 +1,6 @@
-"""The decoder that most families share: pre-norm, self-attention with grouped queries, a feed-forward net.
+"""The decoder that most families share: pre-norm, self-attention with grouped queries, feed-forward network.
 
-A family derives from it and overrides what it does otherwise.
+A family derives from it and overrides what differs.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ def query_groups(model: Model) -> Iterator[Problem]:
 
 def rotary_width(model: Model) -> Iterator[Problem]:
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        return  # attention_heads speaks of that
+        return  # reported by attention_heads
     head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
     if model.position_embedding == "rope" and head_dim % 2:
-        rule = "must be even: rotary positions turn pairs of dimensions"
+        rule = "must be even: rotary positions rotate pairs of dimensions"
         fix = f"model.head_dim={head_dim + 1}, or model.position_embedding=learned"
         yield Problem("model.head_dim", head_dim, rule, fix)
 
 
 class Decoder(Family):
-    """Megatron's tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053) cuts the projections out of the
-    residual stream by columns, those back into it by rows, and both vocabulary tables by rows."""
+    """A decoder family under Megatron's tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053).
+
+    It cuts the projections out of the residual stream by columns, those back into it by rows, and both
+    vocabulary tables by rows.
+    """
 
     layer_order: tuple[str, ...] = (
         "input_layernorm",
@@ -74,7 +77,7 @@ class Decoder(Family):
         qkv = context + 2 * model.num_query_groups * width
         fc1 = (2, ffn, hidden) if model.activation == "swiglu" else (ffn, hidden)
         prefix = f"decoder.layers.{number}"
-        # Back into the residual stream, damped by the number of residual additions, as in GPT-2.
+        # Back into the residual stream, scaled down by the number of residual additions, as in GPT-2.
         damped = model.init_std / math.sqrt(2 * model.num_layers)
         return [
             *norm(f"{prefix}.input_layernorm", model),
@@ -93,10 +96,11 @@ class Decoder(Family):
         return [*norm("decoder.final_layernorm", model), *output]
 
     def activations(self, model: Model, tensor: int = 1, sequence: bool = False) -> int:
-        """Korthikanti et al. 2022 (arXiv:2205.05198), without the score matrix, which the attention kernel
-        recomputes, and without dropout masks.
+        """Count elements after Korthikanti et al. 2022 (arXiv:2205.05198).
 
-        What lies between the column- and the row-parallel projections is cut by tensor parallelism, what lies
+        Without the score matrix, which the attention kernel recomputes, and without dropout masks.
+
+        Activations between the column- and the row-parallel projections are cut by tensor parallelism, those
         outside by sequence parallelism only. Recomputing the attention core (`selective`) changes nothing:
         its inputs and its output are kept by its neighbours anyway, and the kernel's own part is 1 fp32 per
         head. Nor does attention inside documents, which makes no mask; but on a CPU, which runs them one by
@@ -115,10 +119,12 @@ class Decoder(Family):
         return norms // (tensor if sequence else 1) + (attention + feed_forward) // tensor
 
     def flops_per_token(self, model: Model, vocab_size: int) -> float:
-        """6 per parameter that multiplies (embedding look-ups do not, a tied output projection does) and
-        12 * layers * heads * head_dim * seq for the attention scores, not halved for the causal mask, nor
-        less where attention stays inside documents: the convention of PaLM (arXiv:2204.02311, appendix B), in
-        which most figures are published."""
+        """Count operations by the convention of PaLM (arXiv:2204.02311, appendix B), which most papers use.
+
+        6 per parameter that multiplies (embedding look-ups do not, a tied output projection does) and 12 *
+        layers * heads * head_dim * seq for the attention scores, not halved for the causal mask, nor less
+        where attention stays inside documents.
+        """
         layers = sum(p.numel for n in range(model.num_layers) for p in self.layer(model, n))
         final_norm = sum(p.numel for p in self.head(model, vocab_size) if p.kind == "vector")
         multiplying = layers + final_norm + vocab_size * model.hidden_size
@@ -161,7 +167,7 @@ class Decoder(Family):
 
 
 def norm(name: str, model: Model) -> list[Parameter]:
-    """Weight, and bias where the kind of norm has one; on every tensor-parallel rank."""
+    """Return the weight, and the bias where this norm has one; both on every tensor-parallel rank."""
     shape = (model.hidden_size,)
     weight = Parameter(f"{name}.weight", shape, "vector", 1.0, is_constant=True)
     bias = Parameter(f"{name}.bias", shape, "vector", 0.0, is_constant=True)
@@ -171,7 +177,7 @@ def norm(name: str, model: Model) -> list[Parameter]:
 def linear(
     name: str, shape: Shape, model: Model, std: float | None = None, *, cut_dim: int, rows: Rows = ""
 ) -> list[Parameter]:
-    """A projection, and its bias where the model has biases. shape: [(stacked,) out, in].
+    """Return a projection, and its bias where the model has biases. shape: [(stacked,) out, in].
 
     A bias is as long as the rows that it is added to: cut with them, or whole where columns are cut.
     """

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a model family."""
+"""The interface of a model family."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """A model family. What costs torch is imported by the methods that build a layer, and nowhere else.
+    """A model family. Only the methods that build a layer import modules that need torch.
 
-    rules: what the settings of a model must have in common, one function each, as in `config/rules.py`.
+    rules: conditions on the settings of a model, one function each, as in `config/rules.py`.
     layer_order: the modules of a layer that hold parameters, in the order in which the forward pass runs
-    them: backward passes, ZeRO-3's gathers and buckets of gradients follow it. huggingface: its form in the
-    library transformers; None where there is none.
+        them: backward passes, ZeRO-3's gathers and buckets of gradients follow it.
+    huggingface: its form in the library transformers; None where there is none.
     """
 
     rules: tuple[Callable[[Model], Iterator[Problem]], ...] = ()
@@ -30,42 +30,42 @@ class Family(ABC):
 
     @abstractmethod
     def embedding(self, model: Model, num_rows: int) -> list[Parameter]:
-        """Parameters ahead of the layers. num_rows: of vocabulary tables."""
+        """Return the parameters before the layers. num_rows: of vocabulary tables."""
 
     @abstractmethod
     def layer(self, model: Model, number: int) -> list[Parameter]:
-        """Parameters of a layer, in the order in which its module registers them, by which ZeRO cuts.
+        """Return the parameters of a layer in the order in which its module registers them; ZeRO cuts by it.
 
         number: counted from 0 over the whole model.
         """
 
     @abstractmethod
     def head(self, model: Model, num_rows: int) -> list[Parameter]:
-        """Parameters behind the layers; without the output projection where it is tied to the embedding."""
+        """Return the parameters after the layers; a tied output projection is left out."""
 
     @abstractmethod
     def activations(self, model: Model, tensor: int = 1, sequence: bool = False) -> int:
-        """Elements per token that one layer keeps for its backward pass on a rank."""
+        """Return elements per token that one layer keeps for its backward pass on a rank."""
 
     @abstractmethod
     def flops_per_token(self, model: Model, vocab_size: int) -> float:
-        """Floating-point operations of forward and backward pass, per token."""
+        """Return floating-point operations of forward and backward pass, per token."""
 
     @abstractmethod
     def transformer_arguments(self, model: Model) -> dict[str, Any]:
-        """The part of Megatron Core's TransformerConfig that describes the model."""
+        """Return the part of Megatron Core's TransformerConfig that describes the model."""
 
     @abstractmethod
     def gpt_arguments(self, model: Model) -> dict[str, Any]:
-        """The part of the arguments of Megatron Core's GPTModel that describes the model."""
+        """Return the part of the arguments of Megatron Core's GPTModel that describes the model."""
 
     @abstractmethod
     def layer_spec(self, model: Model, number: int) -> Any:
-        """Megatron Core's specification of layer `number`."""
+        """Return Megatron Core's specification of layer `number`."""
 
     @abstractmethod
     def final_norm(self, model: Model) -> Any:
-        """The module behind the last layer."""
+        """Return the module after the last layer."""
 
 
 def family_of(model: Model) -> Family:

@@ -1,6 +1,6 @@
-"""A family as the library transformers says it: class, `config.json` and names of tensors. Pure.
+"""A family's form in the library transformers: class, `config.json` and names of tensors. Pure.
 
-What only one of the two sides can say raises an error; nothing is approximated.
+Features that only one of the two sides supports raise an error; nothing is approximated.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ LAYERS = "decoder.layers."
 
 
 class HuggingFaceForm:
-    """One per family; the attributes say what most need, the methods what goes beyond.
+    """The form of one family: attributes for what most need, methods for the rest.
 
-    name: what users call the family. model_type: theirs. classes: their names, first the one with an output
-    projection. exported_shapes: what can be exported, in words.
-    keys: setting of ours -> (their key, the value that transformers takes where config.json does not say).
+    name: what users call the family.
+    model_type: theirs.
+    classes: their names, first the one with an output projection.
+    exported_shapes: what can be exported, in words.
+    keys: setting of ours -> (their key, the value that transformers uses where config.json has none).
     only: their key -> the values that our model has, the first for a key that is not there.
     modules, layer_modules: module of ours (of a layer, without its number) -> modules of theirs; of several,
-    each takes a share of the rows, in this order. layer_prefix: of theirs, with {} for the number.
+        each takes a part of the rows, in this order.
+    layer_prefix: of theirs, with {} for the number.
     prefix: in front of the names of all tensors but the output projection's.
     """
 
@@ -39,28 +42,28 @@ class HuggingFaceForm:
     prefix: str
 
     def problems(self, model: Model) -> Iterator[Problem]:
-        """What keeps `model` from being one of theirs; `huggingface/config.py` adds the fix."""
+        """Yield settings of `model` that theirs does not support; `huggingface/config.py` adds the fix."""
         yield from ()
 
     def extra_config(self, model: Model) -> dict[str, Any]:
-        """What `config.json` holds beyond `keys`."""
+        """Return the entries of `config.json` beyond `keys`."""
         return {}
 
     def settings(
         self, raw: Mapping[str, Any], values: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[Problem]]:
-        """Settings of ours beyond `keys` from their `config.json`, and what in it ours cannot be.
+        """Return our settings beyond `keys` from their `config.json`, and what in it ours does not support.
 
-        values: what `keys` have given; None for a key that is not there and has no default.
+        values: those given by `keys`; None for a key that is not there and has no default.
         """
         return {}, []
 
     def is_transposed(self, parameter: Parameter) -> bool:
-        """Whether theirs is [in, out]."""
+        """Return whether theirs is [in, out]."""
         return False
 
     def their_names(self, parameter: Parameter) -> tuple[str, ...]:
-        """Their tensors that hold the parameter, in the order of its rows."""
+        """Return the names of their tensors that hold the parameter, in the order of its rows."""
         module, _, kind = parameter.name.rpartition(".")
         if not module.startswith(LAYERS):
             return tuple(f"{theirs}.{kind}" for theirs in self.modules[module])
@@ -69,7 +72,7 @@ class HuggingFaceForm:
         return tuple(f"{prefix}{theirs}.{kind}" for theirs in self.layer_modules[module])
 
     def unlike(self, model: Model, **wanted: list[Any]) -> Iterator[Problem]:
-        """Settings of `model` that are none of the wanted values."""
+        """Yield the settings of `model` that have none of the required values."""
         for setting, values in wanted.items():
             if (value := getattr(model, setting)) not in values:
                 rule = f"must be {' or '.join(map(str, values))} in {self.name}, the nearest shape"
@@ -77,5 +80,5 @@ class HuggingFaceForm:
 
 
 def config_problem(key: str, value: object, rule: str) -> Problem:
-    """Something in their `config.json` that ours cannot be; `huggingface/config.py` adds the fix."""
+    """Report an entry of `config.json` that ours does not support; `huggingface/config.py` adds the fix."""
     return Problem(f"config.json: {key}", value, rule, fix="")

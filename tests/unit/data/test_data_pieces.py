@@ -107,7 +107,7 @@ def test_rejected_rows_are_named_by_file_and_line(data: schema.Data, expected: d
     ]
     lines: list[str] = []
     (source,) = prepare(data, PREPARATION, BPE, lines.append, UNIT_BYTES).sources.values()
-    told = f"put aside 2 rows of 2 files (2 broken JSON): {source.folder}/quarantine.jsonl"
+    told = f"set aside 2 rows of 2 files (2 broken JSON): {source.folder}/quarantine.jsonl"
     assert told in lines
 
 
@@ -124,7 +124,7 @@ def test_rows_of_row_groups_are_those_of_the_file(data: schema.Data, tmp_path: P
     prepare_shard(
         replace(parquet, cache=f"{data.cache} 2"), PREPARATION, BYTES, Shard(0, 2), lines.append, 300
     )
-    assert lines == ["shard 0/2: 5 of 10 pieces of parquet are there"]
+    assert lines == ["shard 0/2: 5 of 10 pieces of parquet are complete"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -162,7 +162,7 @@ def test_killed_again_and_again(data: schema.Data, tmp_path: Path) -> None:
     process = start(data, BPE, TWO_WORKERS, UNIT_BYTES)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert "goes on with 0 of" in output
+    assert "continues with 0 of" in output
     assert only_contents(data) == only_contents(replace(data, cache=str(tmp_path / "undisturbed")), None)
     assert not list(Path(data.cache).glob("*.pieces")), "the pieces are removed"
     assert not list(Path(data.cache).glob("*.unfinished"))
@@ -178,7 +178,7 @@ def test_what_is_whole_is_not_made_again(data: schema.Data, expected: dict[str, 
     lines: list[str] = []
     prepare(data, PREPARATION, BPE, lines.append, UNIT_BYTES)
     num_units = len(corpus(data).work().units)
-    assert f"goes on with {num_units // 2} of {num_units} pieces; the others are there" in lines
+    assert f"continues with {num_units // 2} of {num_units} pieces; the others are complete" in lines
     assert only_contents(data) == expected
 
 

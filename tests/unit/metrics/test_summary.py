@@ -78,7 +78,7 @@ def test_a_resumed_run_says_from_where() -> None:
     text = start_summary(
         replace(START, resume_step=400, resumed_from=Path("runs/a/checkpoints/step_00000400"))
     )
-    assert "goes on after step 400 of 1,000, from runs/a/checkpoints/step_00000400" in text
+    assert "continues after step 400 of 1,000, from runs/a/checkpoints/step_00000400" in text
 
 
 def test_one_of_a_thing_is_singular() -> None:

@@ -1,4 +1,4 @@
-"""GPT-2 as transformers says it: `GPT2LMHeadModel`."""
+"""GPT-2 in transformers: `GPT2LMHeadModel`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distllm.config.schema import Model
 from distllm.layout.parameter import Parameter
 from distllm.model.families.huggingface import HuggingFaceForm
 
-UNUSED_ROPE_BASE = 10000.0  # the setting wants a value
+UNUSED_ROPE_BASE = 10000.0  # the setting must have a value
 
 
 class GPT2Form(HuggingFaceForm):
@@ -84,5 +84,5 @@ class GPT2Form(HuggingFaceForm):
         return settings, []
 
     def is_transposed(self, parameter: Parameter) -> bool:
-        """transformers keeps GPT-2's projections as [in, out]."""
+        """Return True for GPT-2's projections, which transformers keeps as [in, out]."""
         return parameter.kind == "matrix"

@@ -1,4 +1,4 @@
-"""Llama as transformers says it: `LlamaForCausalLM`."""
+"""Llama in transformers: `LlamaForCausalLM`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_ROPE_BASE = 10000.0
 
 
 class LlamaForm(HuggingFaceForm):
-    """Rotary positions pair the same dimensions in both, so the rows within a head stay as they are."""
+    """Llama's form. Rotary positions pair the same dims in both, so rows within a head keep their order."""
 
     name = "Llama"
     model_type = "llama"
@@ -62,7 +62,7 @@ class LlamaForm(HuggingFaceForm):
             yield Problem("model.hidden_size", model.hidden_size, rule, fix="")
 
     def extra_config(self, model: Model) -> dict[str, Any]:
-        """transformers 4 reads rope_theta, 5 reads rope_parameters."""
+        """Return further entries; transformers 4 reads rope_theta, 5 reads rope_parameters."""
         return {
             "attention_dropout": 0.0,
             "head_dim": model.resolved_head_dim,
@@ -92,7 +92,10 @@ class LlamaForm(HuggingFaceForm):
 
 
 def _rope_base(raw: Mapping[str, Any]) -> tuple[float, list[Problem]]:
-    """The base of plain rotary positions, as transformers 4 (rope_theta, rope_scaling) or 5 spells them."""
+    """Return the base of plain rotary positions.
+
+    transformers 4 has rope_theta and rope_scaling, 5 has rope_parameters.
+    """
     problems = []
     bases = [raw["rope_theta"]] if raw.get("rope_theta") is not None else []
     for key in ("rope_scaling", "rope_parameters"):
