@@ -1,0 +1,38 @@
+"""The complete jobs of conf/experiment: each composes, and those that name a machine fit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distllm.config.compose import load, parse
+from distllm.layout.grid import Grid
+from distllm.plan.memory import estimate_memory
+from distllm.verbs.check import report, vocabulary_size
+
+RECIPES = sorted(file.stem for file in Path(__file__).parents[3].glob("conf/experiment/*.yaml"))
+GIB = 2**30
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes(recipe: str) -> None:
+    config = load(parse("config", [f"+experiment={recipe}"]))
+    # Else two recipes would resume each other's runs, or one those of the defaults.
+    assert config.run.dir == f"runs/{recipe}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world_size"),
+    [("quickstart", 1), ("laptop", 1), ("laptop", 2), ("laptop", 4), ("llama3_8b_64gpus", 64)],
+)
+def test_recipes_are_legal_and_fit(recipe: str, world_size: int) -> None:
+    overrides = [f"+experiment={recipe}", f"world_size={world_size}"]
+    if recipe == "laptop":
+        overrides.append(f"train.micro_batch_size={16 // world_size}")
+    config = load(parse("check", overrides))
+    vocab_size = vocabulary_size(config.tokenizer)
+    assert report(config, vocab_size, world_size).startswith("distllm check: legal\n")
+    fullest = sum(estimate_memory(config, vocab_size, Grid.of(config.parallel, world_size)).values())
+    # Beside it, 80 GB hold what the planner does not count: buffers, fragmentation, libraries.
+    assert fullest < (70 * GIB if world_size == 64 else GIB)
