@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distllm.config.compose import load, parse
+from distllm.data.tokenizer_training import byte_tokenizer
 from distllm.layout.grid import Grid
 from distllm.plan.memory import estimate_memory
 from distllm.verbs.check import report, vocabulary_size
@@ -36,3 +37,10 @@ def test_recipes_are_legal_and_fit(recipe: str, world_size: int) -> None:
     fullest = sum(estimate_memory(config, vocab_size, Grid.of(config.parallel, world_size)).values())
     # Beside it, 80 GB hold what the planner does not count: buffers, fragmentation, libraries.
     assert fullest < (70 * GIB if world_size == 64 else GIB)
+
+
+def test_a_finished_tokenizer_takes_the_place_of_the_recipe_s(tmp_path: Path) -> None:
+    byte_tokenizer([], "<|endoftext|>").save(tmp_path)
+    own = ["tokenizer=huggingface", f"tokenizer.path={tmp_path}", "tokenizer.vocab_size=null"]
+    config = load(parse("check", ["+experiment=llama3_8b_64gpus", "world_size=64", *own]))
+    assert vocabulary_size(config.tokenizer) == 257
