@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import reference
@@ -26,6 +30,8 @@ from distllm.model.build import build_model
 from distllm.objectives import create_objective
 
 VOCAB_SIZE = 300
+CONFIGS = "DISTLLM_TEST_CONFIGS"  # environment variable: folder of a session's composed configs (conftest.py)
+TIMEOUT = timedelta(seconds=60)
 
 # Small, and such that rounding stays rounding. Adam divides a gradient by its own size: where a gradient is
 # only rounding noise, the update is noise of the size of the learning rate. An epsilon far above the noise of
@@ -69,8 +75,19 @@ def even_weights(labels: torch.Tensor) -> torch.Tensor:
 
 
 def make_config(*overrides: str) -> Config:
-    """The small job with overrides, composed as on the command line."""
-    return compose.load(compose.parse("train", [*SMALL_JOB, *overrides]))
+    """The small job with overrides, composed as on the command line; once in a session of tests, for all
+    ranks, since composing takes longer than training a step."""
+    place = (*overrides, os.environ.get("WORLD_SIZE", "1"))
+    file = Path(os.environ.get(CONFIGS, "nowhere"), hashlib.sha256(repr(place).encode()).hexdigest())
+    if file.is_file():
+        config: Config = pickle.loads(file.read_bytes())
+        return config
+    config = compose.load(compose.parse("train", [*SMALL_JOB, *overrides]))
+    if file.parent.is_dir():  # in a session of tests
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(pickle.dumps(config))
+        partial.rename(file)  # other ranks compose it at the same time
+    return config
 
 
 def global_batch(step: int, config: Config) -> torch.Tensor:
@@ -90,7 +107,7 @@ def microbatches(step: int, config: Config, groups: Groups) -> list[Microbatch]:
 def build_engine(config: Config, vocab_size: int = VOCAB_SIZE) -> Engine:
     """Model and engine of a config in a world that is started; `finish` undoes it."""
     grid = Grid.of(config.parallel, torch.distributed.get_world_size())
-    groups = create_groups(grid, timedelta(seconds=60), config.parallel.virtual_pipeline)
+    groups = create_groups(grid, TIMEOUT, config.parallel.virtual_pipeline)
     built = build_model(config, vocab_size, groups, torch.device("cpu"), _never)
     return create_engine(built.chunks, built.places, config, groups, create_objective(config))
 

@@ -83,7 +83,7 @@ def record_samples() -> None:
     import importlib
 
     loop: Any = importlib.import_module("distllm.trainer.loop")
-    train_step = loop.train_step
+    take_step = loop.take_step
 
     def recording(job: Any, state: Any, allowed: Any) -> Any:
         microbatches = job.batches.microbatches(state)
@@ -97,9 +97,9 @@ def record_samples() -> None:
             file = Path(os.environ[SAMPLES], f"{here.data}.jsonl")
             with open(file, "a") as stream:
                 stream.write(json.dumps([state.step, hashes]) + "\n")
-        return train_step(job, state, allowed)
+        return take_step(job, state, allowed)
 
-    loop.train_step = recording
+    loop.take_step = recording
 
 
 def recorded_samples(folders: list[Path]) -> dict[int, list[str]]:

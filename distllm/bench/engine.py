@@ -14,7 +14,7 @@ from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
 from distllm.engine.microbatch import Microbatch
 from distllm.layout.grid import Grid
-from distllm.layout.groups import create_groups, destroy_groups
+from distllm.layout.groups import Role, create_groups, destroy_groups
 from distllm.model.build import build_model
 from distllm.objectives import create_objective
 from distllm.runtime import dist
@@ -46,8 +46,7 @@ def world(config: Config, vocab_size: int) -> Iterator[World]:
             built = build_model(config, vocab_size, groups, runtime.device)
             return create_engine(built.chunks, built.places, config, groups, create_objective(config))
 
-        data_rank = groups.coordinates.data
-        yield World(runtime, build, random_microbatches(config, vocab_size, grid, data_rank, runtime.device))
+        yield World(runtime, build, random_microbatches(config, vocab_size, groups.samples, runtime.device))
         succeeded = True
     finally:
         destroy_groups()
@@ -55,10 +54,10 @@ def world(config: Config, vocab_size: int) -> Iterator[World]:
 
 
 def random_microbatches(
-    config: Config, vocab_size: int, grid: Grid, data_rank: int, device: torch.device
+    config: Config, vocab_size: int, samples: Role, device: torch.device
 ) -> list[Microbatch]:
     """One data-parallel rank's share of a global batch: equal on the ranks that share a model."""
-    sequences = config.train.global_batch_size // grid.data
-    generator = torch.Generator().manual_seed(config.train.seed * grid.data + data_rank)
+    sequences = config.train.global_batch_size // samples.size
+    generator = torch.Generator().manual_seed(config.train.seed * samples.size + samples.rank)
     tokens = torch.randint(0, vocab_size, (sequences, config.model.seq_length + 1), generator=generator)
     return [Microbatch(part.to(device)) for part in tokens.split(config.train.micro_batch_size)]

@@ -135,9 +135,9 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
     groups = create_groups(grid, timedelta(seconds=300), parallel.virtual_pipeline)
     built = build_model(config, vocab_size, groups, torch.device("cpu"))
     engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
-    generator = torch.Generator().manual_seed(groups.coordinates.data)
+    generator = torch.Generator().manual_seed(groups.samples.rank)
     shape = (train.micro_batch_size, config.model.seq_length + 1)
-    number = train.global_batch_size // (train.micro_batch_size * grid.data)
+    number = train.global_batch_size // (train.micro_batch_size * groups.samples.size)
     batch = [Microbatch(torch.randint(0, vocab_size, shape, generator=generator)) for _ in range(number)]
     seconds = []
     for _ in range(WARMUP_STEPS + steps):

@@ -153,7 +153,7 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     with counter, phase("build model and engine"):
         built = build_model(config, prepared.vocab_size, groups, runtime.device)
         engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
-    shape = StepShape(config.train.global_batch_size, config.train.micro_batch_size, grid.data)
+    shape = StepShape(config.train.global_batch_size, config.train.micro_batch_size, groups.samples.size)
     feed = Batches(
         data.training, shape, groups.samples.rank, create_objective(config), runtime.device, prefetch=0
     )

@@ -260,12 +260,12 @@ class _MegatronGroups:
     """The groups under the names by which DeepSpeed asks for them: its `mpu`."""
 
     def __init__(self, groups: Groups) -> None:
-        for axis, group in (
-            ("data", groups.data),
-            ("model", groups.model),
+        for name, group in (
+            ("data", groups.loss.group),
+            ("model", groups.norm),
             ("tensor_model", groups.tensor),
             ("pipeline_model", groups.pipeline),
         ):
-            setattr(self, f"get_{axis}_parallel_group", lambda group=group: group)
-            setattr(self, f"get_{axis}_parallel_rank", partial(dist.get_rank, group))
-            setattr(self, f"get_{axis}_parallel_world_size", partial(dist.get_world_size, group))
+            setattr(self, f"get_{name}_parallel_group", lambda group=group: group)
+            setattr(self, f"get_{name}_parallel_rank", partial(dist.get_rank, group))
+            setattr(self, f"get_{name}_parallel_world_size", partial(dist.get_world_size, group))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distllm.config.axes import AXES, degrees
+from distllm.config.axes import AXES, REST, degrees
 from distllm.config.schema import Parallel
 
 Ranks = NDArray[np.int64]
@@ -53,6 +53,21 @@ class Grid:
     def degrees(self) -> dict[str, int]:
         """By axis, in the order of AXES."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def described(self) -> dict[str, int]:
+        """The same in the order in which they are described: data parallelism first, then inside out."""
+        return {axis: self.degrees[axis] for axis in (REST, *(axis for axis in AXES[::-1] if axis != REST))}
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """Ranks of each process group, by the names of `Groups.by_name`."""
+        return {
+            "world": self.world_size,
+            "model": self.world_size // self.data,
+            "embedding": min(self.pipeline, 2),
+            **self.degrees,
+        }
 
     @property
     def world_size(self) -> int:

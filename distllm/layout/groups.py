@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from distllm.layout.grid import Coordinates, Grid, Ranks
+from distllm.config.axes import AXES
+from distllm.layout.grid import Coordinates, Grid
 from distllm.layout.place import Place
 
 
@@ -45,6 +46,12 @@ class Groups:
     embedding: ProcessGroup | None
     num_chunks: int
     megatron: ProcessGroupCollection
+
+    @property
+    def by_name(self) -> dict[str, ProcessGroup]:
+        """All groups that this rank is in but the world."""
+        groups = {"model": self.model, "data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
+        return groups | ({"embedding": self.embedding} if self.embedding is not None else {})
 
     @property
     def samples(self) -> Role:
@@ -121,13 +128,8 @@ def destroy_groups() -> None:
 
 def _assert_slices(groups: Groups) -> None:
     grid, rank = groups.grid, dist.get_rank()
-    slices: list[tuple[str, ProcessGroup, Ranks]] = [
-        ("data", groups.data, grid.groups("data")),
-        ("tensor", groups.tensor, grid.groups("tensor")),
-        ("pipeline", groups.pipeline, grid.groups("pipeline")),
-        ("model", groups.model, grid.groups("pipeline", "tensor")),
-    ]
-    for axis, group, rows in slices:
+    slices = {axis: grid.groups(axis) for axis in AXES} | {"model": grid.groups("pipeline", "tensor")}
+    for name, rows in slices.items():
         expected = next(row.tolist() for row in rows if rank in row)
-        actual = dist.get_process_group_ranks(group)
-        assert actual == expected, f"{axis} group of rank {rank} is {actual}, the grid says {expected}"
+        actual = dist.get_process_group_ranks(groups.by_name[name])
+        assert actual == expected, f"{name} group of rank {rank} is {actual}, the grid says {expected}"

@@ -43,25 +43,13 @@ def rank_traffic(view: RankView, has_weights: bool | None = None) -> dict[Transf
         *data_parallel_traffic(view),
         *_tied(view),
     ]
-    sizes = group_sizes(view.grid)
+    sizes = view.grid.group_sizes
     return add_up((transfer, amount) for transfer, amount in parts if sizes[transfer.group] > 1)
-
-
-def group_sizes(grid: Grid) -> dict[str, int]:
-    """Ranks of each group by its name."""
-    return {
-        "world": grid.world_size,
-        "model": grid.tensor * grid.pipeline,
-        "data": grid.data,
-        "tensor": grid.tensor,
-        "pipeline": grid.pipeline,
-        "embedding": min(grid.pipeline, 2),
-    }
 
 
 def rank_sent_bytes(traffic: Traffic, grid: Grid) -> dict[str, float]:
     """What a rank puts on the wire, by group."""
-    sizes, sent = group_sizes(grid), dict[str, float]()
+    sizes, sent = grid.group_sizes, dict[str, float]()
     for (group, kind), amount in traffic.items():
         sent[group] = sent.get(group, 0.0) + sent_bytes(kind, amount.bytes, sizes[group])
     return sent

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Generic, TypeVar
@@ -38,6 +39,15 @@ class Activity:
         self.phase, self.step, self.samples, self.microbatch = phase, step, samples, -1
         self.patience_seconds = patience_seconds
         self.progressed_at = time.monotonic()
+
+    @contextmanager
+    def patient(self, phase: str, seconds: float) -> Iterator[None]:
+        """Allow the work inside, which shows no progress on the way, to take so many seconds."""
+        self.begin(phase, self.step, patience_seconds=seconds)
+        try:
+            yield
+        finally:
+            self.begin("between steps", self.step)
 
     def begin_microbatch(self, index: int) -> None:
         self.microbatch = index

@@ -86,14 +86,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 def group_names(groups: Groups) -> dict[str, str]:
     """The name by which PyTorch knows a group -> ours."""
-    ours = {
-        "world": dist.group.WORLD,
-        "model": groups.model,
-        "data": groups.data,
-        "tensor": groups.tensor,
-        "pipeline": groups.pipeline,
-        "embedding": groups.embedding,
-    }
+    ours = {"world": dist.group.WORLD, **groups.by_name}
     return {group.group_name: name for name, group in ours.items() if group is not None}
 
 

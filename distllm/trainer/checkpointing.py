@@ -151,7 +151,7 @@ def checkpoint_details(
         "reason": reason,
         "time": utc_now(),
         "config": to_plain(config),
-        "layout": {"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline},
+        "layout": grid.described,
         "data": {"sources": records},
         "state": state.to_plain(),
         "tokenizer": {"folder": TOKENIZER_FOLDER, "vocab_size": prepared.vocab_size},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from distllm.config.schema import Config
@@ -53,6 +54,10 @@ class Job:
     stop_request: StopRequest
     flops_per_token: float
     peak_flops: float | None
+
+    def patient(self, phase: str) -> AbstractContextManager[None]:
+        """Around work that shows no progress on the way: none may take longer than a save may."""
+        return self.activity.patient(phase, self.config.checkpoint.timeout_seconds)
 
 
 def build_job(

@@ -23,7 +23,7 @@ from distllm.metrics.summary import batch_arithmetic
 from distllm.model.parameters import count_parameters
 from distllm.plan.activations import microbatches_in_flight
 from distllm.plan.bubble import bubble_of_ideal_time, bubble_of_step
-from distllm.plan.communication import busiest_stage, group_sizes, rank_traffic
+from distllm.plan.communication import busiest_stage, rank_traffic
 from distllm.plan.memory import estimate_memory, rank_memory
 from distllm.plan.nearest import Proposal, nearest_layouts
 from distllm.plan.rank_view import RankView
@@ -86,7 +86,8 @@ def _model(config: Config, vocab_size: int) -> str:
 
 def _layout(config: Config, grid: Grid) -> str:
     sequence = ", sequence parallel" if config.parallel.sequence else ""
-    degrees = f"tensor {grid.tensor} x pipeline {grid.pipeline} x data {grid.data}"
+    first, *others = grid.described.items()  # what is left of the world comes last here
+    degrees = " x ".join(f"{axis} {degree}" for axis, degree in (*others, first))
     return (
         f"{plural(grid.world_size, 'rank')} = {degrees}{sequence}\n"
         f"ZeRO stage {config.zero.stage}, {config.train.precision}, "
@@ -143,7 +144,7 @@ def _sent(config: Config, vocab_size: int, grid: Grid) -> str:
     traffic = rank_traffic(RankView(config, vocab_size, grid, stage))
     if not traffic:
         return ""
-    sizes, lines, total = group_sizes(grid), dict[str, str](), 0.0
+    sizes, lines, total = grid.group_sizes, dict[str, str](), 0.0
     for group, kinds in groupby(sorted(traffic), lambda transfer: transfer.group):
         texts = []
         for transfer in kinds:

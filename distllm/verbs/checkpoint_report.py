@@ -58,7 +58,7 @@ def layout_text(details: Mapping[str, Any]) -> str:
     layout, config = details.get("layout"), details.get("config", {})
     if not layout:
         return UNKNOWN
-    degrees = " x ".join(f"{layout[axis]} {axis}" for axis in ("data", "tensor", "pipeline"))
+    degrees = " x ".join(f"{degree} {axis}" for axis, degree in layout.items())
     stage = config.get("zero", {}).get("stage", UNKNOWN)
     return f"{degrees}, ZeRO {stage}, {config.get('train', {}).get('precision', UNKNOWN)}"
 

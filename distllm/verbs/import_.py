@@ -27,6 +27,7 @@ from distllm.data.tokenizer import TextTokenizer
 from distllm.huggingface.config import dropouts, from_their_config
 from distllm.huggingface.counterpart import Counterpart, counterparts
 from distllm.huggingface.read import Stored, find_tensors, match_tensors, read_json
+from distllm.layout.grid import Grid
 from distllm.metrics.format import count
 from distllm.metrics.run_directory import RunDirectory, utc_now
 from distllm.metrics.run_lock import RunLock
@@ -136,7 +137,7 @@ def _details(config: Config, vocab_size: int) -> dict[str, Any]:
         "reason": "import",
         "time": utc_now(),
         "config": to_plain(config),
-        "layout": {"data": 1, "tensor": 1, "pipeline": 1},
+        "layout": Grid().described,
         "data": None,
         "tokenizer": {"folder": TOKENIZER_FOLDER, "vocab_size": vocab_size},
         "versions": {"distllm": __version__} | {name: version(name) for name in LIBRARIES},

@@ -65,7 +65,7 @@ def test_the_parts_are_not_those_of_distllm() -> None:
 
 def count_traffic(rank: int, cases: list[tuple[str, ...]]) -> list[tuple[Traffic, Traffic]]:
     register()
-    found = []
+    found: list[tuple[Traffic, Traffic]] = []
     for case in cases:
         config = jobs.make_config(*FAMILY, *case)
         engine = jobs.build_engine(config)

@@ -63,7 +63,7 @@ class Momentum(Recipe):
 
 
 class Focal(Objective):
-    """Count tokens less that are predicted well (Lin et al. 2017, arXiv:1708.02002); weights cannot say it."""
+    """Count tokens that are predicted well less (Lin et al. 2017, arXiv:1708.02002): no weights say it."""
 
     def loss_weights(self, batch: Microbatch) -> Tensor | None:
         return None

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import chaos
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_run_survives_chaos(tmp_path: Path) -> None:
     """Every 15 s a rank dies; `measure` checks that each step is there once, bit for bit, and none that a

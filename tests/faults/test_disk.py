@@ -76,14 +76,14 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 def make_room_after_step_10() -> None:
     loop: Any = importlib.import_module("distllm.trainer.loop")
-    train_step = loop.train_step
+    take_step = loop.take_step
 
     def making_room(job: Any, state: Any, allowed: Any) -> Any:
         if state.step == 10:
             Path("disk/ballast").unlink()
-        return train_step(job, state, allowed)
+        return take_step(job, state, allowed)
 
-    loop.train_step = making_room
+    loop.take_step = making_room
 
 
 def test_a_disk_that_was_full_for_a_while(folder: Path, small_disk: Path) -> None:

@@ -81,14 +81,14 @@ def hold_the_lock() -> None:
     import os
 
     loop: Any = importlib.import_module("distllm.trainer.loop")
-    train_step = loop.train_step
+    take_step = loop.take_step
 
     def holding(job: Any, state: Any, allowed: Any) -> Any:
         if state.step == 6 and os.environ["RANK"] == "1":
             ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the lock during the call
-        return train_step(job, state, allowed)
+        return take_step(job, state, allowed)
 
-    loop.train_step = holding
+    loop.take_step = holding
 
 
 @pytest.mark.long

@@ -33,7 +33,7 @@ def compare(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any
     return done.returncode, done.stdout, rows
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("ranks", "contestants"),
     [
@@ -57,7 +57,7 @@ def test_all_do_the_same_work(ranks: str, contestants: str, tmp_path: Path) -> N
     assert rows[0]["ratio_by_turn"] == [1.0, 1.0]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_other_work_is_told(tmp_path: Path) -> None:
     """A contestant that trains a model of another kind shows in its loss."""
     arguments = ("--precision", "fp32", "--contestants", "transformers;distllm")
@@ -68,7 +68,7 @@ def test_other_work_is_told(tmp_path: Path) -> None:
     assert 1e-4 < abs(rows[0]["first_loss"] - rows[1]["first_loss"]) < 1e-1
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_contestant_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     arguments = ("--precision", "fp32", "--contestants", "transformers;distllm")
     exit_code, table, rows = compare(tmp_path, *arguments, "--ours", "train.micro_batch_size=3")

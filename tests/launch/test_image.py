@@ -114,7 +114,7 @@ def smoke_here(folder: Path, distllm: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([SMOKE], cwd="/", env=environment, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_smoke_test_passes_here(tmp_path: Path) -> None:
     result = smoke_here(tmp_path, 'exec python3 -m distllm "$@"')
     assert result.returncode == 0, result.stdout + result.stderr
@@ -223,7 +223,7 @@ def locked() -> set[str]:
     return {line for line in LOCK.read_text().splitlines() if not line.startswith("#")}
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.timeout(1500)
 def test_the_image_works_on_an_empty_debian(buildah: Buildah) -> None:
     empty = buildah("from", "scratch").strip()

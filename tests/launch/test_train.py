@@ -239,15 +239,15 @@ def test_a_resume_may_change_the_batch_and_the_rate(workplace: Workplace, single
 def die_after_six_steps() -> None:
     """kill -9 between two steps, the sixth being two behind the last checkpoint."""
     loop: Any = importlib.import_module("distllm.trainer.loop")
-    train_step = loop.train_step
+    take_step = loop.take_step
 
     def dying(job: Any, state: Any, allowed: Any) -> Any:
         if state.step == 6:
             job.checkpoints.finish()  # with the checkpoint of step 4 on disk, or the test hangs on the race
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(job, state, allowed)
+        return take_step(job, state, allowed)
 
-    loop.train_step = dying
+    loop.take_step = dying
 
 
 def die_in_the_second_save() -> None:

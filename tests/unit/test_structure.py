@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,18 @@ def test_the_top_of_the_repository_is_short() -> None:
     files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     entries = {file.split("/")[0] for file in files}
     assert {entry for entry in entries if not entry.startswith(".")} <= TOP_LEVEL
+
+
+# The rooms of the axes themselves, and what users read of the grid.
+MAY_NAME_THE_DATA_AXIS = ("layout/", "plan/rank_view.py", "trainer/describe.py", "verbs/check.py")
+
+
+def test_roles_are_asked_for_instead_of_the_data_axis() -> None:
+    """A further axis (context, expert) changes who reads other samples and over whom gradients are reduced:
+    who asks `Groups` for the role has nothing to change."""
+    pattern = re.compile(r"\b(grid|coordinates|groups)\.data\b")
+    named = {str(f.relative_to(PACKAGE)) for f in FILES if pattern.search(f.read_text())}
+    assert {file for file in named if not file.startswith(MAY_NAME_THE_DATA_AXIS)} == set()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -6,7 +6,7 @@ A family derives from it and overrides what it does otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from distllm.config.problems import Problem
@@ -49,7 +49,7 @@ class Decoder(Family):
     """Megatron's tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053) cuts the projections out of the
     residual stream by columns, those back into it by rows, and both vocabulary tables by rows."""
 
-    layer_order = (
+    layer_order: tuple[str, ...] = (
         "input_layernorm",
         "self_attention.linear_qkv",
         "self_attention.linear_proj",
@@ -57,7 +57,7 @@ class Decoder(Family):
         "mlp.linear_fc1",
         "mlp.linear_fc2",
     )
-    rules = (attention_heads, query_groups, rotary_width)
+    rules: tuple[Callable[[Model], Iterator[Problem]], ...] = (attention_heads, query_groups, rotary_width)
 
     def embedding(self, model: Model, num_rows: int) -> list[Parameter]:
         tables = [_vocabulary_table(WORD_EMBEDDINGS, model, num_rows)]

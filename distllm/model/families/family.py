@@ -25,7 +25,7 @@ class Family(ABC):
     """
 
     rules: tuple[Callable[[Model], Iterator[Problem]], ...] = ()
-    layer_order: tuple[str, ...]
+    layer_order: tuple[str, ...] = ()
     huggingface: HuggingFaceForm | None = None
 
     @abstractmethod

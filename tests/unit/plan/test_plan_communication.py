@@ -8,7 +8,7 @@ from shapes import LLAMA_VOCABULARY, config_of, llama
 from distllm.config.schema import Config
 from distllm.layout.grid import Grid
 from distllm.layout.traffic import Amount, Transfer, add_up, sent_bytes
-from distllm.plan.communication import busiest_stage, group_sizes, rank_sent_bytes, rank_traffic
+from distllm.plan.communication import busiest_stage, rank_sent_bytes, rank_traffic
 from distllm.plan.gather import gathered_parameters, passes
 from distllm.plan.rank_view import RankView
 
@@ -217,6 +217,6 @@ def test_the_busiest_stage_and_its_groups() -> None:
         for s in (0, 2, 3)
     }
     assert totals[busiest_stage(config, VOCABULARY, grid)] == max(totals.values()) > min(totals.values())
-    assert group_sizes(grid)["embedding"] == 2
+    assert grid.group_sizes["embedding"] == 2
     middle = rank_traffic(RankView.of(config, VOCABULARY, 2, 1))
     assert not any(transfer.group == "embedding" for transfer in middle)
