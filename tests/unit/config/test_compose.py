@@ -17,7 +17,6 @@ CONF = Path(__file__).parents[3] / "conf"
 GROUP_OPTIONS = sorted(
     f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "experiment"
 )
-EXPERIMENTS = sorted(file.stem for file in CONF.glob("experiment/*.yaml"))
 
 
 def load(*arguments: str) -> Config:
@@ -40,11 +39,6 @@ def needed_by(option: str, folder: Path) -> list[str]:
 def test_every_group_option_is_a_sound_job(option: str, tmp_path: Path) -> None:
     config = load(option, *needed_by(option, tmp_path))
     assert isinstance(config, Config)
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_is_a_sound_job(experiment: str) -> None:
-    assert load(f"+experiment={experiment}").run.dir == f"runs/{experiment}"
 
 
 def test_values_keep_their_types() -> None:

@@ -1,0 +1,46 @@
+"""The complete jobs of conf/experiment: each composes, and those that name a machine fit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distllm.config.compose import load, parse
+from distllm.data.tokenizer_training import byte_tokenizer
+from distllm.layout.grid import Grid
+from distllm.plan.memory import estimate_memory
+from distllm.verbs.check import report, vocabulary_size
+
+RECIPES = sorted(file.stem for file in Path(__file__).parents[3].glob("conf/experiment/*.yaml"))
+GIB = 2**30
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes(recipe: str) -> None:
+    config = load(parse("config", [f"+experiment={recipe}"]))
+    # Else two recipes would resume each other's runs, or one those of the defaults.
+    assert config.run.dir == f"runs/{recipe}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world_size"),
+    [*((recipe, 64 if "64gpus" in recipe else 1) for recipe in RECIPES), ("laptop", 2), ("laptop", 4)],
+)
+def test_recipes_are_legal_and_fit(recipe: str, world_size: int) -> None:
+    overrides = [f"+experiment={recipe}", f"world_size={world_size}"]
+    if recipe == "laptop":
+        overrides.append(f"train.micro_batch_size={16 // world_size}")
+    config = load(parse("check", overrides))
+    vocab_size = vocabulary_size(config.tokenizer)
+    assert report(config, vocab_size, world_size).startswith("distllm check: legal\n")
+    fullest = sum(estimate_memory(config, vocab_size, Grid.of(config.parallel, world_size)).values())
+    # Of 80 GB the rest is for what the planner does not count: buffers, fragmentation, libraries.
+    assert fullest < (GIB if recipe in ("quickstart", "laptop") else 70 * GIB)
+
+
+def test_a_finished_tokenizer_takes_the_place_of_the_recipe_s(tmp_path: Path) -> None:
+    byte_tokenizer([], "<|endoftext|>").save(tmp_path)
+    own = ["tokenizer=huggingface", f"tokenizer.path={tmp_path}", "tokenizer.vocab_size=null"]
+    config = load(parse("check", ["+experiment=llama3_8b_64gpus", "world_size=64", *own]))
+    assert vocabulary_size(config.tokenizer) == 257
