@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
@@ -24,7 +25,7 @@ from distllm.engine.microbatch import Microbatch
 from distllm.engine.replicated import ReplicatedEngine
 from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Grid
-from distllm.layout.groups import Groups, create_groups, destroy_groups
+from distllm.layout.groups import Groups, create_groups, release_groups
 from distllm.layout.place import Box
 from distllm.model.build import build_model
 from distllm.objectives import create_objective
@@ -117,7 +118,9 @@ def _never(problem: str) -> None:
 
 
 def finish(engine: Engine) -> None:
-    destroy_groups()
+    engine.release()
+    release_groups(engine.groups)
+    gc.collect()
 
 
 def train(

@@ -126,7 +126,7 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
     from distllm.engine.create import create_engine
     from distllm.engine.microbatch import Microbatch
     from distllm.layout.grid import Grid
-    from distllm.layout.groups import create_groups, destroy_groups
+    from distllm.layout.groups import create_groups, release_groups
     from distllm.model.build import build_model
     from distllm.objectives import create_objective
     from distllm.plan.communication import rank_traffic
@@ -153,7 +153,8 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
     predicted = rank_traffic(
         RankView(config, vocab_size, grid, groups.coordinates.pipeline), has_weights=False
     )
-    destroy_groups()
+    engine.release()
+    release_groups(groups)
     return Measured(seconds[WARMUP_STEPS:], dict(counter.traffic()), predicted)
 
 

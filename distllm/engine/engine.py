@@ -185,6 +185,9 @@ class Engine(ABC):
         if self.groups.is_last_stage:
             self.after_load(self.scalars())
 
+    def release(self) -> None:  # noqa: B027  # some have nothing to undo
+        """Undo what would keep the engine alive in a process that will make others."""
+
     def _set_training(self, mode: bool) -> None:
         for chunk in self.chunks:
             chunk.train(mode)

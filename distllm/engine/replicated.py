@@ -7,6 +7,7 @@ a norm that counts replicated parameters on one pipeline stage only.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,8 +56,11 @@ class ReplicatedEngine(Engine):
             self.flat_gradient, ranges, config.zero.bucket_size, reducing.group, config.zero.overlap_comm
         )
         self.without_gradient: set[nn.Parameter] = set()
+        # autograd keeps hooks where Python's garbage collector does not look: one that held the engine, which
+        # holds the parameters, would keep both, and the process groups, for as long as the process lives.
+        engine = weakref.proxy(self)
         for parameter in places:
-            parameter.register_post_accumulate_grad_hook(self._accumulate)
+            parameter.register_post_accumulate_grad_hook(lambda tensor: engine._accumulate(tensor))
 
     def _begin_step(self, num_microbatches: int) -> None:
         self.without_gradient = set(self.places)

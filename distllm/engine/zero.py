@@ -123,6 +123,10 @@ class ZeroEngine(Engine):
             return self.num_backwards[index] == self.num_microbatches
         return all(number == self.num_microbatches for number in self.num_backwards)
 
+    def release(self) -> None:
+        """DeepSpeed's hooks hold its engine, and its engine the parameters that have the hooks."""
+        self.deepspeed.destroy()
+
     def _optimizer_step(self, learning_rate: float, gate: StepGate) -> None:
         assert set(self.num_backwards) == {self.num_microbatches}, "some backward passes did not happen"
         self._add_up_tied_gradients()

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from distllm.config.axes import AXES
 from distllm.layout.grid import Coordinates, Grid
@@ -39,6 +39,7 @@ class Groups:
     embedding: first and last stage of a pipeline, None elsewhere.
     num_chunks: model chunks on this rank.
     megatron: the same groups in Megatron Core's form.
+    made: all that were made for this grid, also those that nothing here uses.
     """
 
     grid: Grid
@@ -50,6 +51,7 @@ class Groups:
     embedding: ProcessGroup | None
     num_chunks: int
     megatron: ProcessGroupCollection
+    made: tuple[ProcessGroup, ...] = ()
 
     @property
     def by_name(self) -> dict[str, ProcessGroup]:
@@ -105,6 +107,7 @@ def create_groups(grid: Grid, timeout: timedelta, num_chunks: int = 1) -> Groups
     (`parallel_state` in schedules and checkpointing), so it has to make them. An assertion compares them with
     the grid's slices, since a difference in rank order would train a wrong model without any error.
     """
+    before = _registered_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tensor,
         pipeline_model_parallel_size=grid.pipeline,
@@ -123,6 +126,7 @@ def create_groups(grid: Grid, timeout: timedelta, num_chunks: int = 1) -> Groups
         embedding=megatron.embd if parallel_state.is_rank_in_embedding_group() else None,
         num_chunks=num_chunks,
         megatron=megatron,
+        made=tuple(group for group in _registered_groups() if group not in before),
     )
     _assert_slices(groups)
     return groups
@@ -131,6 +135,24 @@ def create_groups(grid: Grid, timeout: timedelta, num_chunks: int = 1) -> Groups
 def destroy_groups() -> None:
     """Forget the groups, so that a process may make others."""
     parallel_state.destroy_model_parallel()
+
+
+def release_groups(groups: Groups) -> None:
+    """Destroy the groups, in a process that will make others. Collective: ranks meet first, since one that
+    leaves while a peer still sends aborts the peer.
+
+    Groups that are only forgotten keep their sockets and threads, on gloo some ten of each per group, until
+    the process ends: after a few dozen grids threads do little but wake each other.
+    """
+    dist.barrier()
+    destroy_groups()
+    for group in groups.made:
+        dist.destroy_process_group(group)
+
+
+def _registered_groups() -> list[ProcessGroup]:
+    """Return all groups that this rank is in, as torch (2.11 to 2.13) keeps them: it has no public list."""
+    return list(distributed_c10d._world.pg_map)
 
 
 def _assert_slices(groups: Groups) -> None:

@@ -19,7 +19,7 @@ from distllm.config import compose
 from distllm.config.schema import Config
 from distllm.config.stages import pipeline_stages
 from distllm.layout.grid import Grid
-from distllm.layout.groups import create_groups, destroy_groups
+from distllm.layout.groups import create_groups, release_groups
 from distllm.model import build
 from distllm.model.families import family_of
 from distllm.model.parameters import stage_parameters
@@ -65,7 +65,7 @@ def compare(rank: int, world_size: int) -> None:
             assert entry.is_decayed == (len(entry.shape) > 1 and not entry.name.endswith(".bias"))
         for chunk in built.chunks:
             check_cuts(chunk, {p: table[place.name].module_cut_dim for p, place in built.places.items()})
-        destroy_groups()
+        release_groups(groups)
 
 
 def check_cuts(model: nn.Module, cut_dims: dict[nn.Parameter, int | None]) -> None:
