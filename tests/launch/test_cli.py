@@ -63,7 +63,10 @@ def test_help_of_a_verb_shows_groups_and_settings(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("distllm train: pretrain a model")
     assert "\nmodel: gpt2_124m, llama3_405b," in result.stdout
-    assert "\nexperiment: bench_125m, bench_1b, bench_760m, quickstart\n" in result.stdout
+    assert (
+        "\nexperiment: bench_125m, bench_1b, bench_760m, laptop, llama3_8b_64gpus, quickstart\n"
+        in result.stdout
+    )
     assert "\n  hidden_size: 64\n" in result.stdout
 
 
