@@ -35,7 +35,7 @@ def test_a_group_is_shown_with_what_the_overrides_make_of_it(tmp_path: Path) -> 
     assert heading == f"model=llama3_8b; there are also {others}"
     assert summary == "  Shape of the transformer; the vocabulary comes from the tokenizer."
     assert (empty, name) == ("", "  model.name                 llama3_8b  text")
-    assert meaning == "      what summaries call it"
+    assert meaning == "      the model's name in summaries"
     assert "\n  model.seq_length           4096       integer > 0\n" in text
     assert "\n  model.normalization        rmsnorm    rmsnorm | layernorm\n" in text
     assert "\n  train." not in text
