@@ -135,6 +135,7 @@ def _rank_main(
         MASTER_PORT=str(port),
     )
     import faulthandler
+    import gc
     from datetime import timedelta
 
     import torch
@@ -142,6 +143,7 @@ def _rank_main(
     from distllm.runtime import dist
 
     faulthandler.enable()
+    gc.freeze()  # what the warm process has imported is no garbage: `jobs.finish` collects in milliseconds
     torch.set_num_threads(1)  # ranks share two cores; more threads than cores only wait for each other
     try:
         dist.start(timedelta(seconds=60))
