@@ -31,7 +31,7 @@ def quieten() -> None:
 
 
 def count_replicas_once(
-    zero_optimizer: Any, places: Mapping[nn.Parameter, Place], tensor_rank: int, stage: int
+    zero_optimizer: Any, places: Mapping[nn.Parameter, Place], tensor_rank: int, zero_stage: int
 ) -> None:
     """Make the global gradient norm count every element of the model once.
 
@@ -42,7 +42,7 @@ def count_replicas_once(
     for parameter, place in places.items():
         if not place.primary:
             parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
-    if stage < 3:
+    if zero_stage < 3:
         return
     zero_optimizer.model_parallel_rank = tensor_rank
     norm_of = zero_optimizer.get_grad_norm_direct
@@ -120,10 +120,10 @@ class NormJudge:
 
     gate: StepGate
 
-    def __init__(self, zero_optimizer: Any, stage: int) -> None:
+    def __init__(self, zero_optimizer: Any, zero_stage: int) -> None:
         self._zero_optimizer = zero_optimizer
         self._is_overflown: Tensor | None = None  # [1], equal on all ranks
-        if stage == 3:
+        if zero_stage == 3:
             norm_groups = zero_optimizer._get_norm_groups
             zero_optimizer._get_norm_groups = lambda: [self._judged(combine_grad_norm_groups(norm_groups()))]
         elif hasattr(zero_optimizer, "scaled_global_norm"):

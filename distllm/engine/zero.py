@@ -51,7 +51,7 @@ class ZeroEngine(Engine):
     ) -> None:
         quieten()
         mask_norms_on_the_device()
-        self.stage: int = config.zero.stage
+        self.zero_stage: int = config.zero.stage
         self.is_offloaded = config.zero.offload_optimizer
         self.tied = tied_copy(places, groups, config.model.tie_embeddings)
         optimizer = create_optimizer(places, {p: p for p in places}, config.optimizer)
@@ -63,16 +63,16 @@ class ZeroEngine(Engine):
             mpu=_MegatronGroups(groups),
             config=deepspeed_config(config, _largest_stage_numel(places, groups)),
         )
-        count_replicas_once(self.zero_optimizer, places, groups.coordinates.tensor, self.stage)
-        self.norm_judge = NormJudge(self.zero_optimizer, self.stage)
-        self.reset_trace = reset_trace_once_per_step(self.zero_optimizer) if self.stage == 3 else None
+        count_replicas_once(self.zero_optimizer, places, groups.coordinates.tensor, self.zero_stage)
+        self.norm_judge = NormJudge(self.zero_optimizer, self.zero_stage)
+        self.reset_trace = reset_trace_once_per_step(self.zero_optimizer) if self.zero_stage == 3 else None
         self.num_microbatches = 0
         self.num_backwards = [0] * len(chunks)
 
     def _begin_step(self, num_microbatches: int) -> None:
         self.num_microbatches = num_microbatches
         self.num_backwards = [0] * len(self.chunks)
-        if self.is_offloaded and self.stage == 2:
+        if self.is_offloaded and self.zero_stage == 2:
             # What is handed to the states is the sum kept in host memory if this is above 1, else the last
             # microbatch's gradient.
             self.zero_optimizer.gradient_accumulation_steps = num_microbatches
@@ -90,7 +90,7 @@ class ZeroEngine(Engine):
         output: Tensor = self.deepspeed(index, *args, **kwargs)
         if not torch.is_grad_enabled():
             return output
-        counters = forward_in_flight_counters(self.deepspeed.module) if self.stage == 3 else []
+        counters = forward_in_flight_counters(self.deepspeed.module) if self.zero_stage == 3 else []
         return _BeforeBackward.apply(output, partial(self._before_backward, index, counters))
 
     def _before_backward(self, index: int, counters: list[tuple[Any, int]]) -> None:
@@ -111,15 +111,15 @@ class ZeroEngine(Engine):
     def _set_micro_step(self, backwards_done: int) -> None:
         """Gradients are copied in the first backward pass of a step and added in later ones, which stage 3,
         and stage 2 where they go to host memory, tell by a count of passes: it must be each chunk's own."""
-        if self.stage == 3:
+        if self.zero_stage == 3:
             self.zero_optimizer.micro_step_id = min(backwards_done, 1)
-        elif self.is_offloaded and self.stage == 2:
+        elif self.is_offloaded and self.zero_stage == 2:
             self.zero_optimizer.micro_step_id = backwards_done - 1  # DeepSpeed adds 1 before it looks
 
     def _is_boundary(self, index: int) -> bool:
         """The last backward pass of the step, in which stage 1 reduces; or, where gradients go to host memory
         as they come, the last of each chunk, since they are handed to the states only then."""
-        if self.is_offloaded and self.stage >= 2:
+        if self.is_offloaded and self.zero_stage >= 2:
             return self.num_backwards[index] == self.num_microbatches
         return all(number == self.num_microbatches for number in self.num_backwards)
 

@@ -6,6 +6,7 @@ Wrong means: it raises, it hangs (the deadline ends it), or its trace differs fr
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def batched_messages(original: Callable[..., Any]) -> Callable[..., Any]:
 ZERO, QUIRKS = "distllm.engine.zero", "distllm.engine.deepspeed_quirks"
 FIXES = {
     "the mark of cut parameters": Fix(
-        "distllm.model.sharding._mark", nothing, 2, ("zero.stage=0", "parallel.tensor=2")
+        "distllm.model.sharding._mark_cut", nothing, 2, ("zero.stage=1", "parallel.tensor=2")
     ),
     "norm weights summed over the sequence": Fix(
         "distllm.model.norm.copy_to_tensor_model_parallel_region",
@@ -101,7 +102,11 @@ FIXES = {
         ("zero.stage=0", *SEQUENCE),
     ),
     "row biases summed over the sequence": Fix(
-        "distllm.model.spec.summed_over_sequence", first_argument, 2, ("zero.stage=0", *SEQUENCE), GPT2_BIASES
+        "distllm.model.layers.summed_over_sequence",
+        first_argument,
+        2,
+        ("zero.stage=0", *SEQUENCE),
+        GPT2_BIASES,
     ),
     "tied gradients added up, stage 0": Fix(
         "distllm.engine.replicated.tied_copy", nothing, 2, ("zero.stage=0", *PIPELINE), (TIED,)
@@ -175,6 +180,7 @@ def compare(results: list[jobs.Trace], expected: jobs.Trace) -> None:
 @pytest.mark.parametrize("name", FIXES)
 def test_without_the_fix_the_job_goes_wrong(name: str, references: dict[tuple[str, ...], jobs.Trace]) -> None:
     fix = FIXES[name]
+    pkgutil.resolve_name(fix.target)  # else the ranks would fail for want of it, and show nothing
     overrides, expected = (*fix.layout, *fix.model), references[fix.model]
     compare(run_ranks(fix.ranks, trace, overrides, None), expected)
     with pytest.raises((RanksFailedError, AssertionError)):
