@@ -104,7 +104,7 @@ def test_a_requeued_job_goes_on(site: Site) -> None:
     assert site.starts("requeued")[1] >= INTERVAL
 
 
-@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("node", [NODES[0], pytest.param(NODES[1], marks=pytest.mark.nightly)])
 def test_a_job_survives_the_loss_of_a_node(site: Site, node: str) -> None:
     """n1 runs the script and rank 0, n2 only rank 1."""
     job = site.submit(node)
@@ -126,6 +126,7 @@ def test_a_job_saves_and_goes_on_when_told_to(site: Site) -> None:
     site.assert_signal_was_heeded("signalled", MIDDLE)
 
 
+@pytest.mark.nightly  # SLURM looks at its limits every 30 s; test_slurm_script.py has the signal
 def test_a_job_goes_on_after_its_time_limit(site: Site) -> None:
     # SLURM looks at the limits every 30 s: a job of 80 s at least is running then, however fast the machine.
     job = site.submit("limited", "fault.inject=['sleep:seconds=0.5,times=0']")
