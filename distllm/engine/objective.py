@@ -27,36 +27,43 @@ class Objective(ABC):
         loss_weights: Tensor | None,
         document_starts: Tensor | None,
     ) -> Microbatch:
-        """What sequences are to the model, on the device, as they are read (data/sequences.py: Samples)."""
+        """Make a microbatch of sequences on the device, as they are read (data/sequences.py: Samples)."""
         return Microbatch(tokens, loss_weights, document_starts)
 
     def prepare(self, microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
-        """This rank's microbatches of a step, before the first forward pass. Collective over `groups.loss`.
+        """Prepare this rank's microbatches for the first forward pass. Collective over `groups.loss`.
 
-        Here: weights of labels such that the sum over the global batch is the mean loss.
+        Here: give them weights of labels such that the sum over the global batch is the mean loss.
         """
         return normalized_weights(microbatches, groups)
 
     @abstractmethod
     def loss_weights(self, batch: Microbatch) -> Tensor | None:
-        """[micro_batch, seq] by which the last chunk sums up the losses of tokens, so that their logits never
-        exist all at once. None: `loss` gets the losses of all tokens, [micro_batch, seq], with gradients: the
-        negative of the tokens' log-probabilities."""
+        """Return the weights, [micro_batch, seq], by which the last chunk sums up the losses of tokens.
+
+        So their logits never exist all at once. None: `loss` gets the losses of all tokens, [micro_batch,
+        seq], with gradients: the negative of the tokens' log-probabilities.
+        """
 
     @abstractmethod
     def loss(self, output: Tensor, batch: Microbatch) -> Tensor:
-        """The loss of a microbatch, one fp32 number with gradients, whose mean over the microbatches and over
-        the data-parallel ranks is the loss of the step. output: see `loss_weights`."""
+        """Return the loss of a microbatch, one fp32 number with gradients.
+
+        Its mean over the microbatches and over the data-parallel ranks is the loss of the step. output: see
+        `loss_weights`.
+        """
 
     def validation_sums(self, losses: Tensor, batch: Microbatch) -> Tensor:
-        """[sum of weight * loss, sum of weights] in fp64. losses: of all tokens, [micro_batch, seq]."""
+        """Return [sum of weight * loss, sum of weights] in fp64. losses: [micro_batch, seq] of all tokens."""
         weights = batch.loss_weights if batch.loss_weights is not None else torch.ones_like(losses)
         return torch.stack([(losses.double() * weights).sum(), weights.double().sum()])
 
 
 def normalized_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
-    """Weights whose sums, in the mean over microbatches and data-parallel ranks, are 1 for the global batch;
-    all 0 if they were. Waits for no device."""
+    """Give labels weights that sum to 1 over the global batch; all 0 if they were. Waits for no device.
+
+    The sum is that of the mean over microbatches and data-parallel ranks.
+    """
     weights = [batch.loss_weights for batch in microbatches if batch.loss_weights is not None]
     if not weights:
         labels = microbatches[0].labels
