@@ -20,7 +20,10 @@ def create_engine(
     groups: Groups,
     objective: Objective,
 ) -> Engine:
-    """Stage 0 needs nothing of DeepSpeed, whose import takes a second; stages 1 to 3 are DeepSpeed's."""
+    """Create the engine of the configured ZeRO stage: our own for stage 0, DeepSpeed for stages 1 to 3.
+
+    Stage 0 does not import DeepSpeed, which takes a second.
+    """
     if config.zero.stage == 0:
         from distllm.engine.replicated import ReplicatedEngine
 

@@ -19,7 +19,7 @@ from distllm.layout.place import Place
 
 
 def quieten() -> None:
-    """Switch off two things that no setting reaches."""
+    """Switch off a compilation and a printout at start-up for which DeepSpeed has no setting."""
     from deepspeed.runtime import bf16_optimizer
 
     # By its full name: the attribute `torch` of deepspeed.comm is PyTorch.
@@ -35,9 +35,12 @@ def count_replicas_once(
 ) -> None:
     """Make the global gradient norm count every element of the model once.
 
-    Replicas over tensor-parallel ranks: DeepSpeed counts them on rank 0 only, of the tensor group at stages 1
-    and 2 but of the whole model group at stage 3, which so drops those of later pipeline stages (the norm is
-    0.3% off). The last stage's copy of a tied embedding: marked as a replica, which stage 3 ignores.
+    Parameters replicated over tensor-parallel ranks: DeepSpeed counts them on one rank only. At ZeRO stages 1
+    and 2 that is rank 0 of the tensor group; at stage 3 it is rank 0 of the whole model group, so those of
+    later pipeline stages are missing and the norm is 0.3% off.
+
+    The last pipeline stage's copy of a tied embedding: it is marked as a replica, but ZeRO stage 3 ignores
+    the mark.
     """
     for parameter, place in places.items():
         if not place.primary:
@@ -59,12 +62,13 @@ def count_replicas_once(
 
 
 def reset_trace_once_per_step(zero_optimizer: Any) -> Callable[[], None]:
-    """Stage 3 records which modules run in which order, to fetch parameters ahead. Returns the reset.
+    """Return a function that resets ZeRO stage 3's trace; DeepSpeed itself no longer resets it.
 
-    DeepSpeed resets the record in every forward pass, and until it is complete compares it over all ranks of
-    the world: a pipeline stage waits there for the next stage, which waits for its activations. Reset it once
-    per step, when no forward pass is in flight, and leave out the comparison: data-parallel ranks run the
-    same modules in the same order by construction.
+    The trace records which modules run in which order, so that parameters are fetched ahead. DeepSpeed resets
+    it in every forward pass, and until it is complete compares it over all ranks of the world: there a
+    pipeline stage waits for the next stage, which waits for its activations. Call the returned function once
+    per step, when no forward pass is in flight. The comparison is left out: data-parallel ranks run the same
+    modules in the same order by construction.
     """
     coordinator_module = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
     coordinator_module.assert_ints_same_as_other_ranks = lambda ints: None  # type: ignore[attr-defined]
@@ -75,33 +79,39 @@ def reset_trace_once_per_step(zero_optimizer: Any) -> Callable[[], None]:
 
 
 def forward_in_flight_counters(module: nn.Module) -> list[tuple[Any, int]]:
-    """Stage 3 counts on each submodule how many gradients are to come. With several forward passes in flight
-    the count is overwritten by each: keep what a forward pass has set, to restore it before its backward."""
+    """Return each submodule's count of gradients to come, to restore it before the backward pass.
+
+    ZeRO stage 3 keeps one count per submodule. With several forward passes in flight, each overwrites the
+    count of the one before.
+    """
     modules: list[Any] = [m for m in module.modules() if hasattr(m, "ds_grads_remaining")]
     return [(m, m.ds_grads_remaining) for m in modules]
 
 
 def set_tied_gradient(zero_optimizer: Any, parameter: Any, gradient: Tensor, is_primary: bool) -> None:
-    """Write the whole gradient of a parameter to wherever ZeRO keeps it, and its norm where that is kept."""
+    """Write the whole gradient of a parameter to where ZeRO keeps it, and its norm if ZeRO keeps that too."""
     if getattr(parameter, "_hp_grad", None) is not None:
         # BF16_Optimizer (stage 1 with bf16 weights): its setter writes a buffer that nobody reads.
         parameter._hp_grad.copy_(gradient.view_as(parameter._hp_grad))
         return
     flat = gradient.flatten()
     if hasattr(parameter, "ds_id"):
-        # Stage 3 narrows the value to the rank's part, which is padded: so must the value be.
+        # Stage 3 narrows the value to the rank's part. Parts are padded, so the value must be padded, too.
         _, _, part_numel = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % part_numel))
     safe_set_full_grad(parameter, flat if hasattr(parameter, "ds_id") else gradient)
     norms = getattr(zero_optimizer, "norm_for_param_grads", None)
-    if norms:  # offloaded: the norm of the rank's part was taken when the gradient came; copies count as 0
+    if norms:  # offloaded: DeepSpeed took the norm of the rank's part as the gradient came; copies count as 0
         owned = owned_range(zero_optimizer, parameter)
         part = flat[owned.start : owned.stop] if owned and is_primary else flat[:0]
         norms[zero_optimizer.get_param_id(parameter)] = part.float().norm()
 
 
 def mask_norms_on_the_device() -> None:
-    """DeepSpeed copies a -1 from the host for each norm that it takes, and so waits for the device."""
+    """Replace a norm that is not finite by -1 on the device, without waiting for it.
+
+    DeepSpeed copies the -1 from the host for each norm that it takes, and so waits for the device.
+    """
 
     def mask(norm: Tensor, device: object = None, val: float = -1.0) -> None:
         norm.masked_fill_(~torch.isfinite(norm), val)
@@ -111,11 +121,12 @@ def mask_norms_on_the_device() -> None:
 
 
 class NormJudge:
-    """Asks the step's verdict between the gradient norm and the update. What is refused does not happen.
+    """Asks the step gate between the gradient norm and the update, and prevents an update that it refuses.
 
-    DeepSpeed's three classes skip an update, and drop its gradients, when the norm is not finite: where the
-    verdict is no, they see infinity. They look at the norm again and again, also once the update has begun;
-    what they see lies in host memory, so that only the verdict waits for the device.
+    DeepSpeed's three classes skip an update, and drop its gradients, when the norm is not finite. So they are
+    given infinity as the norm of a step that is refused. They read the norm several times, also after the
+    update has begun; the norm that they are given lies in host memory, so that only the gate waits for the
+    device.
     """
 
     gate: StepGate
@@ -147,8 +158,11 @@ class NormJudge:
         zero_optimizer.step = judged_step
 
     def _note_overflow(self, partition_gradients: bool = True) -> None:
-        """In place of `check_overflow`, which reads from the device whether any gradient is not finite; this
-        finds what the norm does not, such as NaN in the replica of a parameter that is counted elsewhere."""
+        """Note on the device whether any gradient of any rank is not finite.
+
+        Replaces `check_overflow`, which reads the answer from the device. It finds what the norm does not,
+        such as NaN in a replica of a parameter that is counted on another rank.
+        """
         zero = self._zero_optimizer
         if zero.cpu_offload:
             found = torch.full((1,), float(zero.local_overflow), device=zero.device)
@@ -159,7 +173,10 @@ class NormJudge:
         self._is_overflown = found.bool()
 
     def _judged(self, norm: Tensor) -> Tensor:
-        """The norm, or infinity, in host memory. DeepSpeed says -1 for a norm that is not finite."""
+        """Return the norm, or infinity if the step is refused, in host memory.
+
+        DeepSpeed gives -1 for a norm that is not finite.
+        """
         is_wrong = ~torch.isfinite(norm) | (norm < 0)
         if self._is_overflown is not None:
             is_wrong = is_wrong | self._is_overflown.reshape(()).to(norm.device)

@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine."""
+"""The interface of an engine, as the trainer uses it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from distllm.layout.place import Place
 
 @dataclass(frozen=True)
 class Limits:
-    """What loss and gradient norm of a step may reach; above it, or not finite, there is no update."""
+    """Upper bounds on the loss and the gradient norm of a step.
+
+    There is no update if one of them is above its bound or not finite.
+    """
 
     loss: float = math.inf
     grad_norm: float = math.inf
@@ -43,11 +46,12 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the labels of the global batch, by their weights, in nats. grad_norm: global, before
-    clipping.
+    """The result of a training step, equal on all ranks.
 
-    is_applied: whether the optimizer has moved. All three are equal on all ranks. wants_stop: whether any
-    rank was asked to stop.
+    loss: weighted mean over the labels of the global batch, in nats.
+    grad_norm: global, before clipping.
+    is_applied: whether the optimizer has updated the weights.
+    wants_stop: whether any rank was asked to stop.
     """
 
     loss: float
@@ -57,7 +61,7 @@ class StepResult:
 
 
 class StepGate:
-    """Whether a step happens: asked once, between the gradient norm and the update.
+    """Decides whether the update of a step happens; asked once, between the gradient norm and the update.
 
     combined: [sum of the data-parallel ranks' losses, number of ranks that want to stop], equal on all ranks.
     """
@@ -74,7 +78,10 @@ class StepGate:
         return self._result
 
     def allows(self, grad_norm: Tensor) -> bool:
-        """grad_norm: one element, NaN where it is not known because a gradient is not finite."""
+        """Return whether the update may happen.
+
+        grad_norm: one element, NaN if it is not known because a gradient is not finite.
+        """
         assert self._result is None, "a step is judged once"
         loss_sum, num_stops, norm = wait_for_verdict(self._combined, grad_norm)
         loss = loss_sum / self._num_data_parallel
@@ -83,9 +90,10 @@ class StepGate:
 
 
 def wait_for_verdict(combined: Tensor, grad_norm: Tensor) -> list[float]:
-    """The one place of a step where the host waits for the device: all that it must know in one copy.
+    """Return `combined` and `grad_norm` as numbers, in one copy from the device.
 
-    fp64 holds each as it is. With NCCL a hang shows here (runtime/activity.py).
+    This is the one place of a step where the host waits for the device; with NCCL a hang shows here
+    (runtime/activity.py). fp64 holds each of the numbers exactly.
     """
     norm = grad_norm.detach().to(combined.device).double().reshape(1)
     numbers: list[float] = torch.cat([combined.double(), norm]).tolist()
@@ -95,10 +103,11 @@ def wait_for_verdict(combined: Tensor, grad_norm: Tensor) -> list[float]:
 class Engine(ABC):
     """Weights, gradients and optimizer of this rank. Every method is called on all ranks alike.
 
-    chunks: what the schedule calls, one module per model chunk of this rank. places: of all parameters.
-    phases: times the steps; who runs them says where one ends.
-    tied: this rank's copy of an embedding that is tied across stages. is_split: a parameter's fp32 weights
-    and optimizer states are shared out over the data-parallel ranks.
+    chunks: the modules that the schedule calls, one per model chunk of this rank.
+    places: of all parameters of this rank.
+    phases: times the steps; the caller of `train_step` also calls `phases.end_step`.
+    tied: this rank's copy of an embedding that is tied across pipeline stages; None if there is none.
+    is_split: whether fp32 weights and optimizer states are partitioned over the data-parallel ranks.
     """
 
     tied: nn.Parameter | None
@@ -126,10 +135,11 @@ class Engine(ABC):
         limits: Limits = NO_LIMITS,
         wants_stop: bool = False,
     ) -> StepResult:
-        """One optimizer update from this rank's microbatches of the global batch, unless `limits` forbid it.
+        """Do one optimizer update from this rank's microbatches of the global batch, if `limits` allow it.
 
-        The update is a transaction: loss and gradient norm are judged on all ranks before the optimizer moves
-        on any; after a refusal weights and states are what they were, and the gradients are gone.
+        The update is a transaction: loss and gradient norm of all ranks are compared with the limits before
+        any rank updates its weights. After a refusal weights and optimizer states are unchanged, and the
+        gradients are dropped.
         """
         self.gradient_watch.begin_step()
         self._begin_step(len(microbatches))
@@ -142,7 +152,7 @@ class Engine(ABC):
         return gate.result
 
     def _combine(self, local_loss: Tensor, wants_stop: bool) -> Tensor:
-        """[sum of losses over the data-parallel ranks, number of ranks of the world that want to stop]."""
+        """Return [sum of the data-parallel ranks' losses, number of ranks of the world that want to stop]."""
         # Filled on the device: a copy from the host would wait for it.
         stop = torch.full_like(local_loss, float(wants_stop), dtype=torch.float32)
         combined = torch.stack([local_loss.float(), stop])
@@ -151,7 +161,7 @@ class Engine(ABC):
         return combined
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """[sum of losses in nats, number of labels] of all ranks' microbatches, by their weights."""
+        """Return [sum of losses in nats, number of labels] of all ranks' microbatches, both weighted."""
         self._set_training(False)
         sums = loss_sums(self.chunks, microbatches, self.groups, self.objective)
         self._set_training(True)
@@ -159,8 +169,9 @@ class Engine(ABC):
         return sums
 
     def logits(self, tokens: Tensor, vocab_size: int, document_starts: Tensor | None = None) -> Tensor:
-        """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks.
+        """Return the logits, [batch, seq, vocab_size] in fp32, on all ranks.
 
+        tokens: [batch, seq] integers, equal on all ranks.
         document_starts: [num_documents + 1] in [batch * seq], as in Microbatch.
         """
         self._set_training(False)
@@ -169,7 +180,7 @@ class Engine(ABC):
         return logits
 
     def before_save(self) -> None:
-        """Make what a checkpoint holds once equal wherever it is held, so that a resume changes nothing."""
+        """Make the copies of what a checkpoint holds only once equal, so that a resume changes nothing."""
         if self.tied is None:
             return
         place = self.places[self.tied]
@@ -186,7 +197,7 @@ class Engine(ABC):
             self.after_load(self.scalars())
 
     def release(self) -> None:  # noqa: B027  # some have nothing to undo
-        """Undo what would keep the engine alive in a process that will make others."""
+        """Undo what would keep the engine in memory, in a process that will make other engines."""
 
     def _set_training(self, mode: bool) -> None:
         for chunk in self.chunks:
@@ -194,31 +205,34 @@ class Engine(ABC):
 
     @abstractmethod
     def _begin_step(self, num_microbatches: int) -> None:
-        """Called before the first forward pass of a training step."""
+        """Prepare for the first forward pass of a training step."""
 
     @abstractmethod
     def _optimizer_step(self, learning_rate: float, gate: StepGate) -> None:
-        """Reduce what is not reduced yet, and if `gate.allows(norm)`, clip and update.
+        """Reduce the gradients that are not reduced yet, and if `gate.allows(norm)`, clip and update.
 
-        norm: of all gradients, before clipping. What follows the verdict must not wait for the device.
+        norm: of all gradients, before clipping. Nothing after the gate may wait for the device.
         """
 
     @abstractmethod
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
-        """Live views of all that a checkpoint holds; `create_states` makes missing optimizer states first."""
+        """Return live views of this rank's part of all that a checkpoint holds.
+
+        create_states: optimizer states to create first where they are missing, with their dtypes.
+        """
 
     @abstractmethod
     def states(self) -> dict[str, torch.dtype]:
-        """The optimizer's states per element, by its own words, with their types; none before a step."""
+        """Return names (the optimizer's own) and dtypes of its states per element; empty before a step."""
 
     @abstractmethod
     def scalars(self) -> dict[str, float]:
-        """Optimizer state that is one number for all parameters, such as the number of updates."""
+        """Return the optimizer state that is one number for all parameters, such as the number of updates."""
 
     @abstractmethod
     def after_load(self, scalars: Mapping[str, float]) -> None:
-        """Take over what a checkpoint wrote into the fragments: scalars and working copies of the weights.
+        """Complete a load into the fragments: set the scalars and refresh the working copies of the weights.
 
         A checkpoint of weights alone has no scalars. Then the optimizer stays as it is before its first
-        update: an AdamW that finds a step beside a parameter takes the other states for made, too.
+        update: an AdamW that finds a step for a parameter assumes that its other states exist, too.
         """

@@ -1,4 +1,4 @@
-"""Which parameter's gradient went wrong first, and on which rank: asked only when a step went wrong."""
+"""Which parameter's gradient was the first that is not finite; read only after a step has gone wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distllm.layout.place import Place
 
 
 class GradientWatch:
-    """Sums every gradient as it comes, before any rank's are added to another's: one more read of each.
+    """Sums up the elements of every gradient before it is reduced over ranks, at the cost of one more read.
 
     A sum is finite unless an element is not (or the sum overflows, which is as wrong). Nothing waits for the
-    device until `first_non_finite` is asked.
+    device until `first_non_finite` is called.
     """
 
     def __init__(self, places: Mapping[nn.Parameter, Place]) -> None:
@@ -31,8 +31,10 @@ class GradientWatch:
         self.local_loss = None
 
     def first_non_finite(self) -> str | None:
-        """What was the first to go wrong on this rank in this step: "loss", or a parameter by its canonical
-        name; None if nothing did."""
+        """Return what was not finite first on this rank in this step.
+
+        That is "loss", or the canonical name of a parameter; None if everything was finite.
+        """
         if self.local_loss is not None and not math.isfinite(self.local_loss.item()):
             return "loss"
         if not self._sums:

@@ -1,4 +1,4 @@
-"""What one forward pass on one rank is given."""
+"""The input of one forward pass on one rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ class Microbatch:
     """Sequences of one forward pass on one rank.
 
     tokens: [micro_batch, seq + 1] integers; inputs are all but the last, labels all but the first.
-    loss_weights: [micro_batch, seq] of each label in sums over tokens, not below 0; None means all count.
+    loss_weights: [micro_batch, seq] weight of each label in sums over tokens, not below 0; None means that
+        all count alike.
     document_starts: [num_documents + 1] int32 on the device of the tokens, rising from 0 to micro_batch *
-    seq: where documents begin in the inputs, sequence after sequence. Attention and positions start anew in
-    each. Every sequence begins one. None means that a sequence is one document.
+        seq: where documents begin in the inputs, sequence after sequence. Attention and positions start anew
+        in each document. Every sequence begins one. None means that each sequence is one document.
     """
 
     tokens: Tensor
@@ -33,10 +34,11 @@ class Microbatch:
 
     @property
     def positions(self) -> Tensor:
-        """[micro_batch, seq], for learned embeddings.
+        """Return the position of each input in its document, [micro_batch, seq], for learned embeddings.
 
-        Megatron's rotary embedding counts from the start of the sequence whatever is given. That is as good,
-        up to rounding: scores depend on differences of positions, equal inside a document.
+        Megatron's rotary embedding ignores these and counts from the start of the sequence. That is
+        equivalent, up to rounding: attention scores depend on differences of positions, which are the same
+        inside a document.
         """
         batch, seq = self.tokens.size(0), self.tokens.size(1) - 1
         if self.document_starts is None:

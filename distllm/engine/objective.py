@@ -1,4 +1,4 @@
-"""What a job trains for: what a microbatch is, and what its loss is. Implementations are in `objectives/`."""
+"""The training objective: what a microbatch contains, and its loss. Implementations are in `objectives/`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distllm.layout.groups import Groups
 
 
 class Objective(ABC):
-    """The defaults are those of a mean over tokens: an objective overrides what it does otherwise."""
+    """A training objective. The defaults suit a mean over tokens; an objective overrides what differs."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -33,7 +33,7 @@ class Objective(ABC):
     def prepare(self, microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
         """Prepare this rank's microbatches for the first forward pass. Collective over `groups.loss`.
 
-        Here: give them weights of labels such that the sum over the global batch is the mean loss.
+        By default: give them label weights such that the weighted sum over the global batch is the mean loss.
         """
         return normalized_weights(microbatches, groups)
 
@@ -41,16 +41,17 @@ class Objective(ABC):
     def loss_weights(self, batch: Microbatch) -> Tensor | None:
         """Return the weights, [micro_batch, seq], by which the last chunk sums up the losses of tokens.
 
-        So their logits never exist all at once. None: `loss` gets the losses of all tokens, [micro_batch,
-        seq], with gradients: the negative of the tokens' log-probabilities.
+        With weights, the logits of all tokens never exist at once. None: `loss` gets the losses of all
+        tokens, [micro_batch, seq], with gradients; these are the negative log-probabilities of the tokens.
         """
 
     @abstractmethod
     def loss(self, output: Tensor, batch: Microbatch) -> Tensor:
         """Return the loss of a microbatch, one fp32 number with gradients.
 
-        Its mean over the microbatches and over the data-parallel ranks is the loss of the step. output: see
-        `loss_weights`.
+        Its mean over the microbatches and over the data-parallel ranks is the loss of the step.
+
+        output: of the last chunk; see `loss_weights`.
         """
 
     def validation_sums(self, losses: Tensor, batch: Microbatch) -> Tensor:
@@ -60,9 +61,10 @@ class Objective(ABC):
 
 
 def normalized_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Sequence[Microbatch]:
-    """Give labels weights that sum to 1 over the global batch; all 0 if they were. Waits for no device.
+    """Return the microbatches with label weights that sum to 1 over the global batch.
 
-    The sum is that of the mean over microbatches and data-parallel ranks.
+    The sum is taken of the mean over microbatches and data-parallel ranks. Weights that are all 0 stay 0. The
+    host does not wait for the device.
     """
     weights = [batch.loss_weights for batch in microbatches if batch.loss_weights is not None]
     if not weights:
@@ -72,7 +74,7 @@ def normalized_weights(microbatches: Sequence[Microbatch], groups: Groups) -> Se
     assert len(weights) == len(microbatches), "only some microbatches have weights"
     total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
     dist.all_reduce(total, group=groups.loss.group)
-    # Not `where` with a number, which is copied to the device, and that waits for the device.
+    # Not `where` with a number: the number is copied to the device, and the host waits for that.
     scale = (len(microbatches) * groups.loss.size / total).masked_fill(total <= 0, 0.0).float()
     return [
         replace(batch, loss_weights=w.float() * scale) for batch, w in zip(microbatches, weights, strict=True)

@@ -17,7 +17,10 @@ def create_optimizer(
     masters: Mapping[nn.Parameter, nn.Parameter],
     settings: Optimizer,
 ) -> torch.optim.Optimizer:
-    """Over `masters` (fp32 copies, or the parameters themselves), in the recipe's groups."""
+    """Create the optimizer of `settings`, with the parameter groups of its recipe.
+
+    masters: what it updates for each parameter: an fp32 copy, or the parameter itself.
+    """
     recipe = recipe_of(settings)
     groups: list[list[nn.Parameter]] = [[] for _ in range(recipe.num_groups)]
     for parameter, place in places.items():

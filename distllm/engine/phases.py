@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, phase by phase, without ever waiting for the device."""
+"""The time of each phase of a training step, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ MEGATRON_PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
 
 @dataclass
 class Timings:
-    """The phases of one step. host: seconds that are known. events: beginnings and ends of the others, which
-    the device has not passed perhaps."""
+    """The times of the phases of one step.
+
+    host: seconds of the phases that are timed by the host's clock.
+    events: begin and end of each span of the other phases, which the device may not have reached yet.
+    """
 
     host: dict[str, float] = field(default_factory=dict)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
-        """Whether `seconds` would not wait. Events of one stream are passed in order: the last one tells, but
-        which it is depends on the schedule."""
+        """Return whether `seconds` would return without waiting for the device.
+
+        The device reaches the events of a stream in order, so the last one would be enough; but which phase's
+        that is depends on the schedule.
+        """
         return all(spans[-1][1].query() for spans in self.events.values())
 
     def seconds(self) -> dict[str, float]:
-        """By phase; waits for the device where it has not come that far."""
+        """Return the seconds of each phase; wait for the device if it has not reached the last event."""
         on_device = {}
         for phase, spans in self.events.items():
             spans[-1][1].synchronize()
@@ -41,18 +47,21 @@ class Timings:
 
 
 class Phases:
-    """Times the phases of one step after another; they lie side by side, never one inside another.
+    """Times the phases of one step after another; phases are never nested.
 
-    data: waiting for the batch. forward, backward: of all microbatches, with what tensor parallelism and ZeRO
-    exchange meanwhile. pipeline_wait: messages between stages, and waiting for them. optimizer: all that
-    follows the schedule: the verdict, reductions that are left, clipping, the update.
+    data: waiting for the batch.
+    forward, backward: of all microbatches, with what tensor parallelism and ZeRO communicate meanwhile.
+    pipeline_wait: messages between pipeline stages, and waiting for them.
+    optimizer: all that follows the schedule: the verdict of the step gate, reductions that are left,
+        clipping, the update.
 
-    On a CPU by the clock. On a GPU by events on the current stream, read when the device has passed them.
-    Waiting for a batch is the host's: always by the clock.
+    On a CPU times are taken by the host's clock, on a GPU by events on the current stream, which are read
+    when the device has passed them. It is the host that waits for a batch, so `data` is always timed by its
+    clock.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.are_ranges = False  # phases are named in the trace of a profiler, which costs some us each
+        self.are_ranges = False  # whether phases are ranges in a profiler's trace, which costs some us each
         self._timings = Timings()
         self._timers: dict[str, _Timer] = {
             name: (_EventTimer if device.type == "cuda" and name != "data" else _HostTimer)(self, name)
@@ -69,11 +78,12 @@ class Phases:
             timer.stop()
 
     def megatron_timers(self, name: str, log_level: int = 0) -> _Timer:
-        """What Megatron Core's schedules call as `config.timers(name).start()` and `.stop()`.
+        """Return the timer for what Megatron Core calls `name`.
 
-        Every schedule (0.16.1, pipeline_parallel/schedules.py) has `forward-compute` and `backward-compute`
-        around the passes of each microbatch; p2p_communication.py names each message between stages by what
-        it sends and receives; `forward-backward` is around it all, so no phase.
+        Its schedules call `config.timers(name).start()` and `.stop()`. Every schedule (0.16.1,
+        pipeline_parallel/schedules.py) times `forward-compute` and `backward-compute`, the passes of each
+        microbatch; p2p_communication.py names each message between stages by what it sends and receives;
+        `forward-backward` contains all of these, so it is not a phase.
         """
         if name == "forward-backward":
             return _NO_TIMER
@@ -81,13 +91,16 @@ class Phases:
         return self._timers[MEGATRON_PHASES.get(name, "pipeline_wait")]
 
     def end_step(self) -> Timings:
-        """Of all since the last call."""
+        """Return the timings of everything since the last call."""
         timings, self._timings = self._timings, Timings()
         return timings
 
 
 class _Timer:
-    """As Megatron Core wants it. A pass that raises leaves its timer open: the next start begins anew."""
+    """A timer with the interface that Megatron Core expects.
+
+    A pass that raises an exception leaves its timer running; the next `start` begins anew.
+    """
 
     def start(self, barrier: bool = False) -> None:
         pass

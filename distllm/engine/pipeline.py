@@ -1,7 +1,7 @@
-"""Forward and backward passes of one step, by Megatron Core's schedules.
+"""Forward and backward passes of one step, run by Megatron Core's schedules.
 
-The same call drives every layout: without pipeline stages the schedule is a plain loop over microbatches,
-with them it is 1F1B, with several chunks per stage interleaved 1F1B.
+The same call serves every layout: the schedule is a plain loop over microbatches without pipeline stages,
+1F1B with them, and interleaved 1F1B with several chunks per stage.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def train_loss(
     objective: Objective,
     phases: Phases,
 ) -> Tensor:
-    """Forward and backward over all microbatches; gradients are those of the mean of their losses.
+    """Run forward and backward passes over all microbatches; return the mean of their losses on every stage.
 
-    Megatron divides each microbatch's loss by their number; nobody else may. Returns the mean loss over this
-    data-parallel rank's microbatches, such that the mean over the ranks is the loss of the step; on every
-    stage.
+    Gradients are those of this mean. Megatron divides each microbatch's loss by the number of microbatches;
+    nothing else may. The mean over the data-parallel ranks of the returned loss is the loss of the step.
     """
     with phases.phase("forward"):
         microbatches = objective.prepare(microbatches, groups)
@@ -57,7 +56,10 @@ def train_loss(
 def loss_sums(
     chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], groups: Groups, objective: Objective
 ) -> Tensor:
-    """Forward only: [sum of weight * loss, sum of weights] over this rank's microbatches, in fp64."""
+    """Return [sum of weight * loss, sum of weights] over this rank's microbatches, in fp64.
+
+    Runs forward passes only.
+    """
 
     def sums(losses: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
         return losses.mean(), objective.validation_sums(losses, batch)
@@ -80,16 +82,17 @@ def all_logits(
     vocab_size: int,
     document_starts: Tensor | None = None,
 ) -> Tensor:
-    """[batch, seq] integers, equal on all ranks -> [batch, seq, vocab_size] in fp32, on all ranks.
+    """Return the logits, [batch, seq, vocab_size] in fp32, on all ranks.
 
+    tokens: [batch, seq] integers, equal on all ranks.
     document_starts: [num_documents + 1] in [batch * seq], as in Microbatch.
     """
     batch, seq = tokens.shape
-    # Sequence parallelism cuts the sequence evenly; what is appended is in the future of every real token.
+    # Sequence parallelism cuts the sequence evenly; the padding is in the future of every real token.
     padding = -seq % groups.grid.tensor
     padded = torch.nn.functional.pad(tokens, (0, padding + 1))  # and one label that nothing reads
     if document_starts is not None:
-        document_starts = document_starts + document_starts // seq * padding  # of the sequences before
+        document_starts = document_starts + document_starts // seq * padding  # that of the sequences before
 
     def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         microbatch = next(iterator)
@@ -109,7 +112,7 @@ def all_logits(
 
 
 def from_last_stage(value: Tensor, groups: Groups) -> Tensor:
-    """Give every stage what the last one has computed, in place."""
+    """Broadcast `value` from the last pipeline stage to the others, in place, and return it."""
     if groups.grid.pipeline > 1:
         last = dist.get_process_group_ranks(groups.pipeline)[-1]
         dist.broadcast(value, src=last, group=groups.pipeline)
@@ -120,9 +123,10 @@ def _loss_step(
     reduce: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor]],
     loss_weights: Callable[[Microbatch], Tensor | None] = lambda _: None,
 ) -> Callable[..., Any]:
-    """Megatron's forward step: run a chunk, and say how the last one's output becomes a number.
+    """Return a forward step for Megatron: it runs a chunk, and says how the last chunk's output is reduced.
 
-    loss_weights: by which the last chunk sums up the losses of a microbatch's tokens; None: it gives all.
+    loss_weights: the weights by which the last chunk sums up the losses of a microbatch's tokens; if they are
+        None, it returns the losses of all tokens.
     """
 
     def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -140,7 +144,10 @@ def _loss_step(
 
 
 def _least_number_of_microbatches(groups: Groups) -> int:
-    """Megatron's interleaved schedule must fill the pipeline at least once, also forward only."""
+    """Return the least number of microbatches that the schedule can run, also forward only.
+
+    Megatron's interleaved schedule must fill the pipeline at least once.
+    """
     return groups.grid.pipeline if groups.num_chunks > 1 else 1
 
 
@@ -152,12 +159,15 @@ def _run(
     forward_only: bool,
     phases: Phases | None = None,
 ) -> list[Tensor]:
-    """What the last stage's loss function returned for each microbatch; empty on other stages."""
+    """Run the schedule; return what the last stage's loss function returned for each microbatch.
+
+    The list is empty on other stages.
+    """
     for chunk in chunks:
         chunk.config.timers = phases.megatron_timers if phases else None  # type: ignore[union-attr]
     micro_batch_size, seq_plus_one = microbatches[0].tokens.shape
     if groups.num_chunks > 1:
-        # Megatron's default, the number of stages, takes only multiples of it as numbers of microbatches.
+        # Megatron's default is the number of stages, which must then divide the number of microbatches.
         group_size = microbatch_group_size(len(microbatches), groups.grid.pipeline)
         for chunk in chunks:
             chunk.config.microbatch_group_size_per_vp_stage = group_size  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Gradients as means over the data-parallel ranks, sent in buckets, after the backward passes or during."""
+"""The mean of gradients over the data-parallel ranks, in buckets, after or during the backward passes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 
 class GradientReduction:
-    """All-reduces a flat gradient in buckets: one huge message would need as huge a workspace.
+    """All-reduces a flat gradient in buckets: one huge message would need a workspace of the same size.
 
-    Parameters lie in the flat gradient in the order of forward passes, so backward passes complete it from
-    its end. Where communication is overlapped, a bucket is sent once the last backward pass of a step has
-    been through all that lies in it; always the last bucket first: ranks must send in the same order.
+    Parameters lie in the flat gradient in the order of the forward pass, so backward passes complete it from
+    its end. If communication is overlapped, a bucket is sent once the last backward pass of a step has
+    completed all gradients in it. Buckets are always sent from the last to the first, since all ranks must
+    send in the same order.
     """
 
     def __init__(
@@ -25,7 +26,11 @@ class GradientReduction:
         group: dist.ProcessGroup,
         is_overlapped: bool,
     ) -> None:
-        """parameters: the elements of `flat_gradient` that are theirs. bucket_size: in elements."""
+        """Divide the flat gradient into buckets.
+
+        parameters: the elements of `flat_gradient` that belong to each.
+        bucket_size: in elements.
+        """
         self.flat_gradient = flat_gradient
         self.group = group
         self.is_overlapped = is_overlapped and group.size() > 1
@@ -47,7 +52,7 @@ class GradientReduction:
         self._unsent, self._sent = len(self.buckets), []
 
     def gradient_added(self, parameter: nn.Parameter) -> None:
-        """Called when a microbatch's gradient of `parameter` is in the flat gradient."""
+        """Note that a microbatch's gradient of `parameter` is in the flat gradient; send what is complete."""
         if not self.is_overlapped:
             return
         for bucket in self._buckets_of[parameter]:
@@ -56,7 +61,11 @@ class GradientReduction:
             self._send_next()
 
     def finish(self) -> None:
-        """Send what is left, which is all if a parameter got no gradient, and wait for everything."""
+        """Send the buckets that are left, wait for all, and divide by the number of ranks.
+
+        What is left: all buckets without overlap; with it, from the first bucket in the order of sending that
+        holds a parameter without a gradient.
+        """
         while self._unsent:
             self._send_next()
         for request in self._sent:

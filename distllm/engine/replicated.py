@@ -1,8 +1,8 @@
 """ZeRO stage 0: every data-parallel rank holds all weights, gradients and optimizer states of its part.
 
-Not DeepSpeed's stage 0, which (0.19.8) accumulates bf16 gradients in bf16, takes a phantom optimizer step at
-start-up under bf16, refuses backward passes that do not start at a loss (so: pipeline stages), and clips with
-a norm that counts replicated parameters on one pipeline stage only.
+It does not use DeepSpeed's stage 0, which (0.19.8) accumulates bf16 gradients in bf16, takes a phantom
+optimizer step at start-up under bf16, refuses backward passes that do not start at a loss (which pipeline
+stages need), and clips with a norm that counts replicated parameters on one pipeline stage only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ReplicatedEngine(Engine):
-    """Gradients in one flat buffer, reduced once per step; bf16 weights have fp32 masters."""
+    """An engine that keeps gradients in one flat buffer and reduces it once per step.
+
+    bf16 weights have fp32 master copies.
+    """
 
     is_split = False
 
@@ -56,8 +59,8 @@ class ReplicatedEngine(Engine):
             self.flat_gradient, ranges, config.zero.bucket_size, reducing.group, config.zero.overlap_comm
         )
         self.without_gradient: set[nn.Parameter] = set()
-        # autograd keeps hooks where Python's garbage collector does not look: one that held the engine, which
-        # holds the parameters, would keep both, and the process groups, for as long as the process lives.
+        # autograd keeps hooks where Python's garbage collector does not look: a hook that held the engine,
+        # which holds the parameters, would keep both, and the process groups, until the process ends.
         engine = weakref.proxy(self)
         for parameter in places:
             parameter.register_post_accumulate_grad_hook(lambda tensor: engine._accumulate(tensor))
@@ -68,13 +71,15 @@ class ReplicatedEngine(Engine):
 
     @torch.no_grad()
     def _accumulate(self, parameter: Tensor) -> None:
-        """Move what a backward pass has made into the flat gradient; for bf16 parameters in fp32, where that
-        is its type: a sum of many bf16 microbatches loses the small ones."""
+        """Move the gradient that a backward pass has computed into the flat gradient, in the latter's dtype.
+
+        For bf16 parameters that may be fp32: a bf16 sum over many microbatches loses the small gradients.
+        """
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None, "the hook runs after a gradient was accumulated"
         if parameter in self.without_gradient:
             self.without_gradient.remove(parameter)
-            self.gradients[parameter].copy_(parameter.grad)  # zeroing all and adding reads and writes more
+            self.gradients[parameter].copy_(parameter.grad)  # less memory traffic than zeroing and adding
         else:
             self.gradients[parameter].add_(parameter.grad)
         parameter.grad = None
@@ -91,18 +96,21 @@ class ReplicatedEngine(Engine):
         if not gate.allows(grad_norm):
             return
         if self.clip_grad > 0:
-            # 1e-6 as in torch.nn.utils.clip_grad_norm_ and DeepSpeed: the stages must clip alike.
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_ and DeepSpeed: all ZeRO stages must clip alike.
             self.flat_gradient.mul_(torch.clamp(self.clip_grad / (grad_norm + 1e-6), max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         for parameter, master in self.masters.items():
             master.grad = self.gradients[parameter].to(master.dtype)  # itself where the types are equal
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # also what fp32 parameters would go on adding to
+        self.optimizer.zero_grad(set_to_none=True)  # else autograd would add to gradients of fp32 parameters
         self._refresh_working_weights()
 
     def _global_grad_norm(self) -> Tensor:
-        """Every element of the model counts once: replicas are left out, parts are summed."""
+        """Return the norm of all gradients, in which every element of the model counts once.
+
+        Replicas are left out; the squares of the parts are summed over ranks.
+        """
         counted = [self.gradients[p] for p, place in self.places.items() if place.primary]
         norms = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)) if counted else torch.zeros(1)
         squares = norms.to(self.device).square().sum()
@@ -117,7 +125,7 @@ class ReplicatedEngine(Engine):
 
     def fragments(self, create_states: Mapping[str, torch.dtype] | None = None) -> list[Fragment]:
         fragments = []
-        # Replicas share the writing: each next parameter goes to the idlest.
+        # Data-parallel ranks share the writing: each parameter goes to the one with the least so far.
         written_numel = [0] * self.groups.samples.size
         for parameter, place in self.places.items():
             master = self.masters[parameter]
@@ -158,19 +166,19 @@ class ReplicatedEngine(Engine):
     def after_load(self, scalars: Mapping[str, float]) -> None:
         if "step" in scalars:
             for master in self.masters.values():
-                # fused AdamW wants its step beside the parameter, as an fp32 tensor
+                # fused AdamW needs its step on the parameter's device, as an fp32 tensor
                 step = torch.tensor(scalars["step"], dtype=torch.float32, device=master.device)
                 self.optimizer.state[master]["step"] = step
         self._refresh_working_weights()
 
 
 def _create_masters(places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, nn.Parameter]:
-    """The fp32 weight of each parameter: itself, or a copy where the parameter is of lower precision."""
+    """Return the fp32 weight of each parameter: itself, or a copy if the parameter has a lower precision."""
     return {p: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for p in places}
 
 
 def _ranges(places: Mapping[nn.Parameter, Place]) -> dict[nn.Parameter, range]:
-    """One parameter after the other."""
+    """Return the range of each parameter in the flat gradient, one parameter after the other."""
     ranges: dict[nn.Parameter, range] = {}
     offset = 0
     for parameter in places:

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step."""
+"""The learning rate, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from distllm.config.schema import Schedule
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedule) -> float:
-    """Learning rate of update `step` (0 is the first), of `total_steps` in all.
+    """Return the learning rate of update `step` (0 is the first) of `total_steps`.
 
     Warm-up is linear, peak * (step + 1) / warmup_steps, so that the first update is not wasted on a rate of
-    0. After it: `cosine` is half a cosine down to min_lr (Loshchilov & Hutter 2017, arXiv:1608.03983), `wsd`
-    stays at the peak and falls linearly to min_lr at the end (Hu et al. 2024, arXiv:2404.06395), `constant`
-    stays.
+    0. After it, `cosine` is half a cosine down to min_lr (Loshchilov & Hutter 2017, arXiv:1608.03983), `wsd`
+    stays at the peak and falls linearly to min_lr at the end (Hu et al. 2024, arXiv:2404.06395), and
+    `constant` stays at the peak.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

@@ -1,4 +1,4 @@
-"""The tied embedding under pipeline parallelism: one tensor of the model that lives on two stages."""
+"""The tied embedding under pipeline parallelism: one parameter of the model with copies on two stages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from distllm.layout.place import Place
 
 
 def tied_copy(places: Mapping[nn.Parameter, Place], groups: Groups, is_tied: bool) -> nn.Parameter | None:
-    """This rank's copy of the tied embedding, whose gradient the first and the last stage must add up.
+    """Return this rank's copy of the tied embedding, whose gradients the first and last stage must add up.
 
-    None where nothing is to be added: untied, a single stage, or a stage in between.
+    None if there is nothing to add: the embedding is not tied, there is a single pipeline stage, or this is a
+    stage in between.
     """
     if not is_tied or groups.grid.pipeline == 1 or groups.embedding is None:
         return None
@@ -34,15 +35,19 @@ def copy_from_first_stage(
     groups: Groups,
     device: torch.device,
 ) -> None:
-    """Make the last stage's weights and optimizer states of a tied embedding those of the first stage.
+    """Copy weights and optimizer states of a tied embedding from the first stage to the last.
 
-    place: of this rank's copy. fragments: what this rank holds of it, overwritten on the last stage. states:
-    all that fragments hold, also where there are none. is_split: each element lies on one data-parallel rank,
-    instead of on all. Collective over the first and the last stage.
+    Collective over the first and the last stage.
 
-    Equal gradients give both copies equal updates, but for the last bit: the copies lie elsewhere in flat
-    buffers, and vectorised CPU kernels round the ends of a buffer differently. A checkpoint holds the first
-    stage's copy, so without this a resumed pipeline would differ in that bit from one that went on.
+    place: of this rank's copy.
+    fragments: what this rank holds of it; overwritten on the last stage.
+    states: names and dtypes of the tensors of a fragment, also on a rank that has no fragment.
+    is_split: whether each element lies on one data-parallel rank only, instead of on all.
+
+    Equal gradients give both copies equal updates, except for the last bit: the copies lie at different
+    offsets in flat buffers, and vectorised CPU kernels round the ends of a buffer differently. A checkpoint
+    holds the first stage's copy, so without this a resumed run would differ in that bit from one that was not
+    interrupted.
     """
     first_rank = dist.get_process_group_ranks(groups.embedding)[0]
     for state, dtype in sorted(states.items()):

@@ -1,7 +1,7 @@
 """ZeRO stages 1 to 3 under Megatron's schedules: the adapter around DeepSpeed 0.19.8.
 
-One DeepSpeed engine wraps all chunks of a rank. Every departure from DeepSpeed's own ways is a method here
-whose docstring names the trap; tests switch them off one by one and see a job go wrong.
+One DeepSpeed engine wraps all chunks of a rank. Every departure from DeepSpeed's normal use is a method here
+whose docstring names the problem that it avoids; tests switch them off one by one and see a job go wrong.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class ZeroEngine(Engine):
         self.num_microbatches = num_microbatches
         self.num_backwards = [0] * len(self.chunks)
         if self.is_offloaded and self.zero_stage == 2:
-            # What is handed to the states is the sum kept in host memory if this is above 1, else the last
-            # microbatch's gradient.
+            # If this is above 1, DeepSpeed updates with the sum that it keeps in host memory, else with the
+            # gradient of the last microbatch.
             self.zero_optimizer.gradient_accumulation_steps = num_microbatches
         self._reset_trace()
 
@@ -94,12 +94,13 @@ class ZeroEngine(Engine):
         return _BeforeBackward.apply(output, partial(self._before_backward, index, counters))
 
     def _before_backward(self, index: int, counters: list[tuple[Any, int]]) -> None:
-        """Runs ahead of DeepSpeed's own backward hooks, which count on one forward per backward pass.
+        """Prepare DeepSpeed for a backward pass; called before its own backward hooks.
 
-        DeepSpeed forgets its "backward seen" flag in `forward` only, and the cool-down of a pipeline runs
-        backward passes in a row (`KeyError: 0` at stage 1, a `NoneType` at stage 2). In stage 3 the forward
-        passes in flight share a counter of gradients to come, without which what a backward pass of the
-        cool-down gathers stays until its end.
+        DeepSpeed expects one forward pass before each backward pass. It clears its "backward seen" flag only
+        in `forward`, but the cool-down of a pipeline runs several backward passes in a row (`KeyError: 0` at
+        ZeRO stage 1, a `NoneType` at stage 2). At stage 3 the forward passes in flight share each submodule's
+        counter of gradients to come; unless it is restored, parameters gathered by a backward pass of the
+        cool-down stay in memory until the end of the pass.
         """
         self.zero_optimizer.clear_backward_seen_flag()
         for module, count in counters:
@@ -109,22 +110,29 @@ class ZeroEngine(Engine):
         self.deepspeed.set_gradient_accumulation_boundary(self._is_boundary(index))
 
     def _set_micro_step(self, backwards_done: int) -> None:
-        """Gradients are copied in the first backward pass of a step and added in later ones, which stage 3,
-        and stage 2 where they go to host memory, tell by a count of passes: it must be each chunk's own."""
+        """Set DeepSpeed's count of backward passes in this step to that of the chunk whose pass comes next.
+
+        DeepSpeed copies gradients in the first backward pass of a step and adds them in later ones. Stage 3,
+        and stage 2 with offload to host memory, decide by this count, so each chunk needs its own.
+        """
         if self.zero_stage == 3:
             self.zero_optimizer.micro_step_id = min(backwards_done, 1)
         elif self.is_offloaded and self.zero_stage == 2:
             self.zero_optimizer.micro_step_id = backwards_done - 1  # DeepSpeed adds 1 before it looks
 
     def _is_boundary(self, index: int) -> bool:
-        """The last backward pass of the step, in which stage 1 reduces; or, where gradients go to host memory
-        as they come, the last of each chunk, since they are handed to the states only then."""
+        """Return whether the current backward pass of this chunk ends DeepSpeed's gradient accumulation.
+
+        That is the last backward pass of the step, in which stage 1 reduces gradients. With offload at stages
+        2 and 3 gradients go to host memory as they come, and it is the last backward pass of each chunk: only
+        then does DeepSpeed hand the gradients to the optimizer states.
+        """
         if self.is_offloaded and self.zero_stage >= 2:
             return self.num_backwards[index] == self.num_microbatches
         return all(number == self.num_microbatches for number in self.num_backwards)
 
     def release(self) -> None:
-        """DeepSpeed's hooks hold its engine, and its engine the parameters that have the hooks."""
+        """Break DeepSpeed's reference cycle: its hooks hold its engine, which holds the hooked parameters."""
         self.deepspeed.destroy()
 
     def _optimizer_step(self, learning_rate: float, gate: StepGate) -> None:
@@ -138,7 +146,7 @@ class ZeroEngine(Engine):
         assert gate.result.is_applied == (not self.zero_optimizer.overflow), "DeepSpeed judged otherwise"
 
     def _add_up_tied_gradients(self) -> None:
-        """Both copies of a tied embedding get the sum of their gradients, wherever ZeRO keeps these."""
+        """Give both copies of a tied embedding the sum of their gradients, wherever ZeRO keeps these."""
         if self.tied is None:
             return
         gradient = safe_get_full_grad(self.tied)
@@ -169,12 +177,12 @@ class ZeroEngine(Engine):
 
 
 def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; nobody writes it by hand.
+    """Return DeepSpeed's configuration, derived from ours; it is never written by hand.
 
-    Its gradient accumulation stays 1, because Megatron already divides the loss by the number of
-    microbatches: with both dividing, gradients are wrong by far and nothing complains. Stage 3 cuts the
-    parameters into sub-groups and meets all ranks in each: stages with unequal numbers of them wait for each
-    other for ever, so every stage is one sub-group.
+    DeepSpeed's number of gradient accumulation steps stays 1, because Megatron already divides the loss by
+    the number of microbatches: if both divide, gradients are wrong by far, without any error. ZeRO stage 3
+    cuts the parameters into sub-groups and synchronizes all ranks in each: pipeline stages with different
+    numbers of sub-groups would wait for each other for ever, so every pipeline stage is one sub-group.
     """
     zero = config.zero
     section: dict[str, Any] = {
@@ -195,15 +203,15 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
         "steps_per_print": None,
         "zero_optimization": section,
         "zero_force_ds_cpu_optimizer": False,  # our optimizer runs where the states are
-        "zero_allow_untested_optimizer": True,  # any that updates element by element is as good to ZeRO
-        # It synchronizes with the device at each forward pass, for a rate that nobody reads.
+        "zero_allow_untested_optimizer": True,  # ZeRO works with any that updates element by element
+        # It synchronizes with the device at each forward pass, for a throughput that nobody reads.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     if config.train.precision == "bf16":
         # BF16_Optimizer (stage 1) would keep all bf16 gradients beside their fp32 sums until the step.
         result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation}
-        # By default bf16, whatever gradients were summed in.
+        # The default is bf16, in whatever dtype gradients were accumulated.
         result["communication_data_type"] = config.train.gradient_accumulation
     return result
 
@@ -227,11 +235,11 @@ class _Chunks(nn.Module):
 
 
 class _Stage(nn.Module):
-    """What Megatron's schedule sees of a chunk: the attributes of the module, the engine's forward pass."""
+    """A chunk as Megatron's schedule sees it: the attributes of the module, the engine's forward pass."""
 
     def __init__(self, engine: ZeroEngine, index: int, chunk: nn.Module) -> None:
         super().__init__()
-        # In a tuple, so that the chunk is no submodule: its parameters belong to DeepSpeed's engine.
+        # In a tuple, so that the chunk is not a submodule: its parameters belong to DeepSpeed's engine.
         self.behind: tuple[ZeroEngine, int, Any] = (engine, index, chunk)
         self.config = self.behind[2].config
         self.model_type = self.behind[2].model_type
@@ -247,7 +255,7 @@ class _Stage(nn.Module):
 
 
 class _BeforeBackward(torch.autograd.Function):
-    """Identity whose backward calls `hook` first."""
+    """The identity; its backward pass calls `hook` first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, hook: Callable[[], None]) -> Tensor:
@@ -261,7 +269,7 @@ class _BeforeBackward(torch.autograd.Function):
 
 
 class _MegatronGroups:
-    """The groups under the names by which DeepSpeed asks for them: its `mpu`."""
+    """The process groups under the names by which DeepSpeed asks for them: its `mpu`."""
 
     def __init__(self, groups: Groups) -> None:
         for name, group in (

@@ -1,9 +1,9 @@
-"""Where DeepSpeed 0.19.8 keeps fp32 weights and optimizer states under ZeRO, seen parameter by parameter.
+"""Where DeepSpeed 0.19.8 keeps fp32 weights and optimizer states under ZeRO, parameter by parameter.
 
 DeepSpeed flattens the parameters of a group into one buffer and gives each data-parallel rank a range of it.
 The rank's range is one fp32 tensor, here called the *owner*: it is what the inner optimizer updates, and the
 optimizer's states for it have its shape. So what a rank holds of a parameter is a range of an owner. Three
-classes of DeepSpeed keep the books in three ways; each has its function below.
+classes of DeepSpeed record these ranges in three ways; each has its function below.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class OwnedRange(NamedTuple):
 def zero_fragments(
     zero_optimizer: Any, places: Mapping[nn.Parameter, Place], create_states: Mapping[str, torch.dtype]
 ) -> list[Fragment]:
-    """Live views of this rank's share of every parameter; parameters it has no share of are left out."""
+    """Return live views of this rank's part of every parameter; parameters it has no part of are left out.
+
+    create_states: optimizer states to create first where they are missing, with their dtypes.
+    """
     states = zero_optimizer.optimizer.state
     fragments = []
     for parameter, place in places.items():
@@ -56,9 +59,9 @@ def zero_fragments(
 
 
 def state_owners(zero_optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Every owner of this rank with its optimizer state.
+    """Yield every owner of this rank with its optimizer state.
 
-    Not through the inner optimizer's param_groups: stage 3 empties them between steps.
+    It does not use the inner optimizer's param_groups: stage 3 empties them between steps.
     """
     if _is_stage_3(zero_optimizer):
         owners = zero_optimizer.fp32_partitioned_groups_flat
@@ -71,7 +74,7 @@ def state_owners(zero_optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]
 
 
 def refresh_working_weights(zero_optimizer: Any) -> None:
-    """Make the weights that compute equal to the owners, after these were written from outside."""
+    """Copy the owners to the weights that compute, after the owners were written from outside DeepSpeed."""
     if _is_stage_3(zero_optimizer):
         zero_optimizer._partition_all_parameters()
         persistent = zero_optimizer.persistent_parameters
@@ -87,7 +90,7 @@ def refresh_working_weights(zero_optimizer: Any) -> None:
 
 
 def owned_range(zero_optimizer: Any, parameter: nn.Parameter) -> OwnedRange | None:
-    """Which part of `parameter` this rank holds, and where; None if it holds nothing of it."""
+    """Return which part of `parameter` this rank holds, and where; None if it holds nothing of it."""
     if _is_stage_3(zero_optimizer):
         return _range_stage_3(zero_optimizer, parameter)
     if hasattr(zero_optimizer, "round_robin_bit16_groups"):
@@ -100,7 +103,10 @@ def _is_stage_3(zero_optimizer: Any) -> bool:
 
 
 def _range_stage_3(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
-    """DeepSpeedZeroOptimizer_Stage3: a parameter is cut into equal parts, one per rank, the last padded."""
+    """Return the range under DeepSpeedZeroOptimizer_Stage3.
+
+    It cuts each parameter into equal parts, one per rank, the last one padded.
+    """
     group, owner_start, part_numel = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
     start = zero_optimizer._get_param_partition_rank(parameter) * part_numel
     stop = min(start + part_numel, parameter.ds_numel)
@@ -110,9 +116,10 @@ def _range_stage_3(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
 
 
 def _range_stage_1_and_2(zero_optimizer: Any, parameter: nn.Parameter) -> OwnedRange | None:
-    """DeepSpeedZeroOptimizer: the flat group is cut into equal ranges, across parameters.
+    """Return the range under DeepSpeedZeroOptimizer, which cuts the flat group into equal ranges.
 
-    Own arithmetic on the offsets, since `_hp_mapping` is wrong under round_robin_gradients.
+    A range may cross parameters. It is computed from the offsets, since DeepSpeed's own `_hp_mapping` is
+    wrong under round_robin_gradients.
     """
     group, offset = _offsets_stage_1_and_2(zero_optimizer)[parameter]
     owner = zero_optimizer.single_partition_of_fp32_groups[group]
@@ -125,7 +132,7 @@ def _range_stage_1_and_2(zero_optimizer: Any, parameter: nn.Parameter) -> OwnedR
 
 
 def _offsets_stage_1_and_2(zero_optimizer: Any) -> dict[nn.Parameter, tuple[int, int]]:
-    """Group of each parameter and where it begins in the group's flat buffer."""
+    """Return the group of each parameter and where it begins in the group's flat buffer."""
     return {
         parameter: (group, offset)
         for group, (parameters, offsets) in enumerate(
@@ -138,7 +145,10 @@ def _offsets_stage_1_and_2(zero_optimizer: Any) -> dict[nn.Parameter, tuple[int,
 
 
 def _range_bf16_optimizer(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
-    """BF16_Optimizer, which DeepSpeed takes for stage 1 with bf16 weights and fp32 gradients."""
+    """Return the range under BF16_Optimizer.
+
+    DeepSpeed uses that class for stage 1 with bf16 weights and fp32 gradients.
+    """
     mapping = parameter._hp_mapping
     if mapping is None:
         return None

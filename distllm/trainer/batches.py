@@ -20,7 +20,7 @@ from distllm.trainer.state import TrainState
 
 @dataclass(frozen=True)
 class _Request:
-    """The step that begins with this sample."""
+    """A request for the microbatches of the step that begins with this sample."""
 
     first_sample: int
     blends: list[Blend]
@@ -46,7 +46,7 @@ class Batches:
         self._prefetcher = Prefetcher(self._read, self._following, prefetch)
 
     def microbatches(self, state: TrainState) -> list[Microbatch]:
-        """Of the next step; `state` is planned."""
+        """Return the microbatches of the next step; `state` is as `TrainState.planned` returns it."""
         return self._prefetcher.get(_Request(state.next_sample, blends(state.history)))
 
     def close(self) -> None:
@@ -66,8 +66,10 @@ class Batches:
 
 
 def to_microbatch(samples: Samples, objective: Objective, device: torch.device) -> Microbatch:
-    """On its way to the device: the copy from pinned memory waits for nothing and nothing waits for it but
-    the kernels that read it."""
+    """Make a microbatch of `samples` and begin to copy it to the device.
+
+    The copy is from pinned memory: the host does not wait for it, only the kernels that read it do.
+    """
 
     def move(array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

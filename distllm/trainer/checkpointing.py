@@ -1,4 +1,4 @@
-"""What a run saves for the next start, and when."""
+"""What a run saves for its next start, and when."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIBRARIES = ("torch", "deepspeed", "megatron-core")
 
 
 class Checkpoints:
-    """Saves of one run: begins them, tells what became of them, and drops old ones."""
+    """The checkpoints of one run: begins to save them, reports the outcomes, and removes old ones."""
 
     def __init__(
         self,
@@ -41,7 +41,10 @@ class Checkpoints:
         reporter: Reporter,
         start: TrainState,
     ) -> None:
-        """records: of all sources that the run has drawn from (data/record.py)."""
+        """Prepare to save; `start` is the state that the job starts from.
+
+        records: of all sources that the run has drawn from (data/record.py).
+        """
         timeout = timedelta(seconds=config.checkpoint.timeout_seconds)
         self._saver = Saver(
             create_save_groups(engine.groups.grid, timeout), is_async=config.checkpoint.async_save
@@ -56,7 +59,10 @@ class Checkpoints:
         self._retention_error: str | None = None
 
     def warn_of_short_grace(self) -> None:
-        """At the start of a job: a save that takes longer than the grace period is cut off by SIGKILL."""
+        """Warn, at the start of a job, if a save is expected to take longer than the grace period.
+
+        Such a save is cut off by SIGKILL.
+        """
         if not self._reporter.is_main or self._config.checkpoint.interval == 0:
             return
         run, grace = self._reporter.run, self._config.fault.grace_seconds
@@ -70,7 +76,7 @@ class Checkpoints:
             )
 
     def save(self, state: TrainState, reason: str) -> None:
-        """Begin to save; with `checkpoint.async_save` the write goes on in the background. Collective."""
+        """Save a checkpoint; with `checkpoint.async_save` the write goes on in the background. Collective."""
         self._begun_step = state.step
         path = checkpoint_path(self._reporter.run.checkpoints_path, state.step)
         self._engine.before_save()
@@ -86,17 +92,17 @@ class Checkpoints:
         self.report()
 
     def save_to_stop(self, state: TrainState) -> None:
-        """Save where the job was asked to stop, unless that is saved or being saved."""
+        """Save the step at which the job was asked to stop, unless it is saved or being saved already."""
         if self._config.checkpoint.interval and state.step != self._begun_step:
             self.save(state, "stop")
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written, and report the outcomes."""
         self._saver.wait()
         self.report()
 
     def report(self) -> None:
-        """Tell what has become of saves; an error that is not the disk's is raised here."""
+        """Report the outcomes of saves that have ended; raise any error that did not come from the disk."""
         for outcome in self._saver.outcomes():
             self._tell(outcome)
         if self._retention_error:
@@ -105,7 +111,7 @@ class Checkpoints:
             self._retention_error = None
 
     def finish(self) -> None:
-        """Wait for what is being written. OSError where the last save has failed: its steps would be lost."""
+        """Wait for what is being written. OSError: the last save has failed, so its steps would be lost."""
         self.wait()
         if self._last_error:
             raise OSError(f"the last checkpoint could not be written: {self._last_error}")
@@ -130,7 +136,10 @@ class Checkpoints:
         )
 
     def _remove_old(self, newest: Path) -> None:
-        """In the background, so what goes wrong is told by `report`; a checkpoint too many ends no job."""
+        """Remove old checkpoints. Runs in the background, so errors are noted for `report`.
+
+        An old checkpoint that cannot be removed does not end the job.
+        """
         if self._reporter.is_main:
             try:
                 remove_old(newest, self._config.checkpoint)
@@ -146,7 +155,7 @@ def checkpoint_details(
     state: TrainState,
     reason: str,
 ) -> dict[str, Any]:
-    """What the manifest holds beside the tensors."""
+    """Return what the manifest holds beside the tensors."""
     return {
         "reason": reason,
         "time": utc_now(),
@@ -160,7 +169,10 @@ def checkpoint_details(
 
 
 def tokenizer_files(folder: Path) -> Mapping[str, bytes]:
-    """The tokenizer as attachments: a checkpoint is whole without the cache that it was prepared in."""
+    """Return the tokenizer's files as attachments of a checkpoint.
+
+    With them a checkpoint is complete without the cache in which the tokenizer was prepared.
+    """
     names = ("tokenizer.json", "tokenizer_config.json")
     return {
         f"{TOKENIZER_FOLDER}/{name}": (folder / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Text from a model: one token after the other."""
+"""Text generation: one token after the other."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def sample_tokens(
     seed: int,
     device: torch.device,
 ) -> list[int]:
-    """The tokens that continue `prompt`, up to the end of the document or `max_tokens`.
+    """Return the tokens that continue `prompt`, up to the end of the document or `max_tokens`.
 
-    logits: [1, seq] -> [1, seq, vocab]; sees at most the last seq_length tokens. The same seed gives the same
-    text on every rank, so that ranks which share the model stay together.
+    The same seed gives the same text on every rank, so that ranks which share the model stay in step.
+
+    logits: [1, seq] -> [1, seq, vocab]; it is given at most the last seq_length tokens.
     """
     assert prompt, "a model needs a token to start from"
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +40,10 @@ def sample_tokens(
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token from [vocab] logits: the likeliest at temperature 0, else drawn among the top_k (0: all)."""
+    """Choose one token from [vocab] logits.
+
+    It is the most likely one at temperature 0, else it is sampled from the top_k most likely (0: from all).
+    """
     if temperature == 0:
         return int(logits.argmax())
     if 0 < top_k < logits.numel():

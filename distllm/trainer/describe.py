@@ -22,7 +22,7 @@ from distllm.trainer.resume import Start
 
 
 def describe_start(config: Config, prepared: PreparedData, data: OpenedData, grid: Grid, start: Start) -> str:
-    """What will run and the arithmetic behind it."""
+    """Return the summary of what will run, with the arithmetic behind it."""
     model, train = config.model, config.train
     samples = planned_samples(config, start.state)
     sizes = {name: source.sequences.num_sequences for name, source in data.training.sources.items()}
@@ -58,7 +58,10 @@ def describe_start(config: Config, prepared: PreparedData, data: OpenedData, gri
 
 
 def finish_outputs(job: Job, seconds: float) -> None:
-    """The last text sample, the loss plot and the closing summary. Collective: ranks may share the model."""
+    """Write the last text sample and the loss plot, and print the closing summary.
+
+    Collective, since ranks may share the model.
+    """
     text = sample_text(job) if job.config.logging.sample_tokens > 0 else None
     if not job.reporter.is_main:
         return
@@ -93,12 +96,12 @@ def finish_outputs(job: Job, seconds: float) -> None:
 
 
 def goodput(run: RunDirectory) -> str:
-    """What became of the run's time so far."""
+    """Return a description of what the run's time so far was spent on."""
     return describe(account(run.read_events(), read_rows(run.metrics_path), run.last_sign() or 0.0))
 
 
 def sample_text(job: Job) -> str:
-    """`logging.sample_prompt` and what the model makes of it. Collective; equal on all ranks."""
+    """Return `logging.sample_prompt` and the model's continuation, equal on all ranks. Collective."""
     tokenizer = TextTokenizer.load(job.prepared.tokenizer_folder, job.config.tokenizer.end_of_document)
     prompt = tokenizer.encode(job.config.logging.sample_prompt) or [tokenizer.end_of_document]
     tokens = sample_tokens(

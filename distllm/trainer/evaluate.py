@@ -1,4 +1,4 @@
-"""Loss on held-out documents: the same sequences every time, whatever the layout."""
+"""The loss on held-out documents: on the same sequences every time, in every layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from distllm.trainer.batches import to_microbatch
 class Validation:
     """The held-out sequences: of each source the first `counts[name]` of its validation split, in its order.
 
-    num_bytes: text that their labels stand for. gzip_bits_per_byte: what `gzip -9` makes of that text.
+    num_bytes: size of the text that their labels stand for.
+    gzip_bits_per_byte: bits per byte of that text when `gzip -9` compresses it; None if there is no text.
     """
 
     sequences: Mapping[str, Sequences]
@@ -35,7 +36,10 @@ class Validation:
 def create_validation(
     config: Config, prepared: PreparedData, sequences: Mapping[str, Sequences]
 ) -> Validation | None:
-    """sequences: of the validation split of each source that has one; None where there is none."""
+    """Choose the held-out sequences; return None if no source has a validation split.
+
+    sequences: of the validation split of each source that has one.
+    """
     if not sequences:
         return None
     counts = share_out(config.train.validation_sequences, config.data.weights_at(0), sequences)
@@ -52,9 +56,10 @@ def create_validation(
 
 
 def share_out(total: int, weights: Mapping[str, float], sequences: Mapping[str, Sequences]) -> dict[str, int]:
-    """How many sequences of each source validate: by weight, at least one, and no more than there are.
+    """Return the number of validation sequences of each source, in proportion to its weight.
 
-    The shares stay as they are when the mixture changes: losses of one run are to be compared.
+    Each source has at least one and no more than there are. The shares do not follow a change of the mixture,
+    so that the validation losses of a run can be compared.
     """
     weight_sum = sum(weights[name] for name in sequences) or 1.0
     shares = {name: round(total * weights[name] / weight_sum) for name in sequences}
@@ -62,7 +67,7 @@ def share_out(total: int, weights: Mapping[str, float], sequences: Mapping[str, 
 
 
 def validate(engine: Engine, validation: Validation, step: int) -> Row:
-    """The row of one validation, after `step` updates. Collective."""
+    """Return the row of one validation, after `step` updates. Collective."""
     sums = {
         name: engine.evaluate(
             validation_microbatches(engine, sequences, validation.counts[name], validation.micro_batch_size)
@@ -80,8 +85,11 @@ def validate(engine: Engine, validation: Validation, step: int) -> Row:
 def validation_microbatches(
     engine: Engine, sequences: Sequences, count: int, micro_batch_size: int
 ) -> list[Microbatch]:
-    """This rank's share of the first `count` sequences. All ranks run equally many microbatches, since their
-    passes hold collectives; where the sequences do not suffice, the last are padded with some of weight 0."""
+    """Return this rank's share of the first `count` sequences.
+
+    All ranks run the same number of microbatches, since forward passes contain collectives. If there are too
+    few sequences, the last microbatches are padded with sequences of weight 0.
+    """
     dp_rank, dp_size = engine.groups.samples.rank, engine.groups.samples.size
     microbatches = []
     for microbatch in range(math.ceil(count / (micro_batch_size * dp_size))):
@@ -100,6 +108,6 @@ def validation_microbatches(
 
 
 def _labels(samples: Samples) -> np.ndarray:
-    """int64 [n]: the tokens that count as labels."""
+    """Return the tokens that count as labels, int64 [n]."""
     labels = samples.tokens[:, 1:]
     return labels.ravel() if samples.loss_weights is None else labels[samples.loss_weights > 0]

@@ -1,4 +1,4 @@
-"""What to do about a step that must not happen. Pure: the same numbers give every rank the same decision."""
+"""What to do about a step that was refused. Pure: the same numbers give every rank the same decision."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from distllm.config.schema import Fault
 from distllm.engine.engine import Limits, StepResult
 from distllm.trainer.state import TrainState
 
-# Of a normal distribution, the standard deviation is this many median absolute deviations.
+# The standard deviation of a normal distribution is this many median absolute deviations.
 DEVIATIONS_TO_SIGMA = 1.4826
-# A loss that hardly moves must not make every ripple a spike: sigma is at least this part of the median.
+# If the loss hardly changes, small fluctuations must not count as spikes: sigma is at least this part of the
+# median.
 LEAST_RELATIVE_SIGMA = 0.01
 
 
 class Action(Enum):
-    """commit: the step has happened. retry: the same samples again. skip: the next samples. rewind: back to
-    the last checkpoint, and from there without these samples. give_up: the job cannot go on."""
+    """What to do after a step.
+
+    commit: go on, since the step has happened.
+    retry: train on the same samples again.
+    skip: go on with the next samples.
+    rewind: go back to the last checkpoint, and from there on leave out these samples.
+    give_up: end the job, since it cannot go on.
+    """
 
     COMMIT = "commit"
     RETRY = "retry"
@@ -36,7 +43,10 @@ class Decision:
 
 
 def robust_bound(values: Sequence[float], threshold: float) -> float:
-    """median + threshold * sigma, sigma from the median absolute deviation: outliers do not move it."""
+    """Return median + threshold * sigma.
+
+    sigma is estimated from the median absolute deviation, which outliers hardly change.
+    """
     median = statistics.median(values)
     deviation = statistics.median(abs(value - median) for value in values)
     sigma = max(DEVIATIONS_TO_SIGMA * deviation, LEAST_RELATIVE_SIGMA * abs(median))
@@ -44,7 +54,10 @@ def robust_bound(values: Sequence[float], threshold: float) -> float:
 
 
 def limits(state: TrainState, settings: Fault) -> Limits:
-    """What the next step may reach; only finite numbers are asked for until the window is full."""
+    """Return the limits of the next step.
+
+    Until the window is full, or if `spike_action` is off, loss and gradient norm only have to be finite.
+    """
     if settings.spike_action == "off" or len(state.losses) < settings.spike_window:
         return Limits()
     return Limits(
@@ -62,8 +75,11 @@ def decide(
     tries: int,
     num_rewinds: int,
 ) -> Decision:
-    """refused_in_a_row: before this step, of any samples. tries: of these samples before this one.
+    """Decide what to do after a step with this result.
 
+    allowed: the limits of the step.
+    refused_in_a_row: number of steps refused directly before this one, with whatever samples.
+    tries: number of earlier tries of the same samples.
     num_rewinds: since the job was started.
     """
     if result.is_applied:
@@ -74,7 +90,7 @@ def decide(
             Action.GIVE_UP, f"{refused_in_a_row + 1} steps in a row were refused; the last: {reason}"
         )
     if not is_finite(result):
-        # Once more: memory that flipped a bit does not do it twice, samples that overflow do.
+        # Try once more: a bit flip in memory does not happen twice, but samples that overflow do so again.
         return Decision(Action.RETRY if tries == 0 else Action.SKIP, reason)
     if settings.spike_action == "skip":
         return Decision(Action.SKIP, reason)

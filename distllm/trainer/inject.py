@@ -1,9 +1,10 @@
-"""Faults on purpose, for tests: `fault.inject=["nan:step=3,rank=1", "sleep:rank=2,seconds=0.3,times=0"]`.
+"""Faults injected for tests: `fault.inject=["nan:step=3,rank=1", "sleep:rank=2,seconds=0.3,times=0"]`.
 
-KIND: `nan`, `spike` (gradients of the rank times nan, times `factor`), `kill`, `stop` (SIGKILL, SIGSTOP to
-itself), `sleep` (`seconds`, in every step that matches), `hang` (sleeps for ever, as a stuck kernel would),
-`error` (an exception). Where: `step` (0 is the first), or `sample` (a step that trains on it), on `rank`;
-what is left out matches all. `times`: how often in one start of the process, 1 by default, 0 without end.
+KIND: `nan`, `spike` (the gradients of the rank are multiplied by nan, or by `factor`), `kill`, `stop` (the
+process sends SIGKILL, or SIGSTOP, to itself), `sleep` (for `seconds`), `hang` (sleeps for ever, as a stuck
+kernel would), `error` (raises an exception). Where: at `step` (0 is the first), or at a step that trains on
+`sample`, on `rank`; a key that is left out matches all. `times`: how often in one start of the process, 1 by
+default, 0 without limit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ KEYS = {"step": int, "sample": int, "rank": int, "times": int, "seconds": float,
 
 @dataclass
 class Injection:
-    """One fault; `left` counts down, -1 is without end."""
+    """One fault. left: how often it may still happen; -1 means without limit."""
 
     kind: str
     step: int | None = None
@@ -36,7 +37,7 @@ class Injection:
         self.left = self.times or -1
 
     def strikes(self, rank: int, step: int, samples: range) -> bool:
-        """Whether it does now, which counts."""
+        """Return whether the fault happens in this step; if so, count it."""
         matches = (
             self.left != 0
             and self.rank in (None, rank)
@@ -48,7 +49,7 @@ class Injection:
 
 
 def parse(text: str) -> Injection:
-    """A user error for what cannot be understood."""
+    """Parse one entry of `fault.inject`. User error: it is invalid."""
     kind, _, rest = text.partition(":")
     try:
         pairs = [part.split("=", 1) for part in rest.split(",") if part]
@@ -72,7 +73,7 @@ class Injector:
         self._rank = rank
 
     def before_step(self, step: int, samples: range) -> float | None:
-        """Do what is due; returns the factor of this step's gradients, None for what they are."""
+        """Inject the faults of this step; return the factor on its gradients, None for no change."""
         factor = None
         for injection in self._injections:
             if injection.strikes(self._rank, step, samples):

@@ -1,4 +1,4 @@
-"""A job put together: data, model, engine and reporter, and the point at which it starts."""
+"""A job assembled from its parts: data, model, engine, reporter, and the state from which it starts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from distllm.trainer.state import TrainState
 class Job:
     """Everything that training needs, on one rank.
 
-    start: how far training had come when the job began. flops_per_token, peak_flops: for MFU, of the whole
-    model and of all devices together; peak_flops is None where it is unknown.
+    start: how far training had come when the job began.
+    flops_per_token: of the whole model, for MFU.
+    peak_flops: of all devices together, for MFU; None if it is unknown.
     """
 
     config: Config
@@ -56,7 +57,7 @@ class Job:
     peak_flops: float | None
 
     def patient(self, phase: str) -> AbstractContextManager[None]:
-        """Around work that shows no progress on the way: none may take longer than a save may."""
+        """Return a context for work that reports no progress: it may take as long as a save may."""
         return self.activity.patient(phase, self.config.checkpoint.timeout_seconds)
 
 

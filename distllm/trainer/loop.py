@@ -19,7 +19,7 @@ from distllm.trainer.state import TrainState
 
 
 def fit(job: Job) -> TrainState:
-    """Train from the job's first step to its last, or to where it is asked to stop; return where that is."""
+    """Train until the last step, or until the job is asked to stop; return the state at that point."""
     config, state, recovery = job.config, job.start, Recovery(job)
     job.reporter.event("ready", "the first step begins", start_up_seconds=round(seconds_since_start(), 3))
     job.checkpoints.warn_of_short_grace()
@@ -51,7 +51,7 @@ def fit(job: Job) -> TrainState:
 
 
 def take_step(job: Job, state: TrainState, allowed: Limits) -> StepResult:
-    """One optimizer update, if what comes out is within `allowed`."""
+    """Do one optimizer update, if its loss and gradient norm are within `allowed`."""
     samples = state.samples(job.config.train.global_batch_size)
     job.activity.begin("train", state.step, (samples.start, samples.stop))
     job.engine.gradient_watch.injected_factor = job.injector.before_step(state.step, samples)
@@ -72,9 +72,9 @@ def after_step(job: Job, state: TrainState, result: StepResult) -> TrainState:
 
 @dataclass(frozen=True)
 class Due:
-    """What is done every `interval` steps and after the last one; an interval of 0 means never.
+    """Work that is done every `interval` steps and after the last one; an interval of 0 means never.
 
-    name: what it is called where the job hangs in it.
+    name: of the phase that is reported if the job hangs in it.
     """
 
     name: str

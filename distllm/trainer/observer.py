@@ -1,4 +1,4 @@
-"""What is observed of a step: how long it took, its trace where one is asked for, and its row of metrics."""
+"""What is observed of a step: its time, its trace if one is asked for, and its row of metrics."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from distllm.trainer.state import TrainState
 
 
 class StepObserver:
-    """The one observer of the training loop. Used as a context: however training ends inside, what has been
-    traced is written.
+    """The one observer of the training loop.
 
-    seconds: that the last step, or attempt, took.
+    It is used as a context manager: however training ends inside, what has been traced is written.
+
+    seconds: time that the last step, or attempt at one, took.
     """
 
     def __init__(self, job: Job) -> None:
@@ -34,7 +35,7 @@ class StepObserver:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Observe the step, or attempt, that the block takes. number: counted from 1."""
+        """Observe the step, or attempt at one, that the block runs. number: counted from 1."""
         self._profiler.before_step(number)
         began = time.perf_counter()
         with self._profiler.step(number):
@@ -45,13 +46,13 @@ class StepObserver:
 
     @contextmanager
     def between_steps(self, field: str) -> Iterator[None]:
-        """Observe work for which training stands still; the next row has its seconds as `field`."""
+        """Observe work during which training waits; the next row has its seconds as `field`."""
         began = time.perf_counter()
         yield
         self._seconds_between_steps[field] = time.perf_counter() - began
 
     def write_row(self, before: TrainState, after: TrainState, result: StepResult) -> None:
-        """Write the row of the step that led from `before` to `after`, once all of it is known."""
+        """Write the row of the step that led from `before` to `after`, as soon as its timings are known."""
         job, config = self._job, self._job.config
         row = training_row(
             step=after.step,
@@ -72,11 +73,11 @@ class StepObserver:
         self._rows.add(row | ({"profiled": True} if self._profiler.is_active else {}), self._timings)
 
     def flush(self) -> None:
-        """Write all rows that wait for the device; see PendingRows.flush."""
+        """Wait for the device and write all pending rows; see PendingRows.flush."""
         self._rows.flush()
 
     def finish(self) -> None:
-        """Stop tracing and write what is left; there are no more steps."""
+        """Stop tracing and write the pending rows, after the last step."""
         self._profiler.stop()
         self.flush()
 
@@ -91,7 +92,7 @@ class StepObserver:
 
 
 def rate_of(job: Job, state: TrainState) -> float:
-    """The learning rate of the step that follows `state`."""
+    """Return the learning rate of the step that follows `state`."""
     config = job.config
     return learning_rate(
         state.step, peak=config.optimizer.lr, total_steps=config.train.steps, schedule=config.schedule

@@ -1,4 +1,4 @@
-"""The sequences of all sources, opened for training and validation, and whether they suffice."""
+"""The sequences of all sources, opened for training and validation, and whether there are enough of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from distllm.trainer.state import TrainState
 
 @dataclass(frozen=True)
 class OpenedData:
-    """validation: by source, in the order of the config; empty where the job never validates.
-    records: what checkpoints and the ledger keep of each source."""
+    """The sequences that a job reads.
+
+    validation: by source, in the order of the config; empty if the job never validates.
+    records: what checkpoints and the ledger keep of each source.
+    """
 
     training: TrainingData
     validation: dict[str, Sequences]
@@ -29,7 +32,10 @@ class OpenedData:
 
 
 def open_data(config: Config, prepared: PreparedData, report: Callable[[str], None]) -> OpenedData:
-    """Needs no process group: a packing that is made now may take a while. User error: not one sequence."""
+    """Open the sequences of all sources. User error: a split has not one sequence.
+
+    This needs no process group, since packing the sequences, if that is not done yet, can take a while.
+    """
 
     def open_split(source: PreparedSource, split: Split) -> Sequences:
         cache = Path(config.data.cache).expanduser().absolute()
@@ -55,7 +61,7 @@ def open_data(config: Config, prepared: PreparedData, report: Callable[[str], No
 
 
 def planned_samples(config: Config, state: TrainState) -> dict[str, int]:
-    """How many samples each source will have given after the last step, if no step is refused."""
+    """Return how many samples of each source will have been used after the last step, if none is refused."""
     batch_size, steps = config.train.global_batch_size, config.train.steps
     for step in (state.step, *sorted({change.step for change in config.data.changes})):
         if state.step <= step < steps:
@@ -67,7 +73,7 @@ def planned_samples(config: Config, state: TrainState) -> dict[str, int]:
 
 
 def refuse_exhausted(config: Config, training: TrainingData, state: TrainState) -> None:
-    """A user error if the steps that are left would see a source more often than it allows."""
+    """Raise a user error if the remaining steps would repeat a source more often than it allows."""
     for name, count in planned_samples(config, state).items():
         source = training.sources.get(name)
         if source is None or source.max_epochs is None:

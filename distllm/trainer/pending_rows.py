@@ -1,4 +1,4 @@
-"""Rows of training steps, each written when all that it tells is known, in the order of the steps."""
+"""Rows of training steps, each written once all its values are known, in the order of the steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from distllm.trainer.reporter import Reporter
 
 
 class PendingRows:
-    """On a GPU the end of an update is known one step later: the host waits for the device once a step, ahead
-    of the update (engine/engine.py), and not for a row."""
+    """Rows whose timings may not be known yet.
+
+    On a GPU the end of an update is known one step later: the host waits for the device only once per step,
+    before the update (engine/engine.py), and does not wait for a row.
+    """
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -23,8 +26,11 @@ class PendingRows:
             self._write_first()
 
     def flush(self) -> None:
-        """Write all; the host waits for the device. Before whatever must not come ahead of a row: a
-        validation, a checkpoint, which makes the steps before it final, and a rewind, which drops rows."""
+        """Write all rows; the host waits for the device.
+
+        Called before whatever must not come before a row: a validation, a checkpoint (which makes the steps
+        before it final), and a rewind (which drops rows).
+        """
         while self._waiting:
             self._write_first()
 

@@ -25,12 +25,13 @@ STEP_PREFIX = "step "
 
 
 class StepProfiler:
-    """Traces the steps that `train.profile` names, once in a start of the job, on the first rank of each
-    pipeline stage (the others do the same). Used as a context: however training ends inside, what has been
-    traced is written.
+    """Traces the steps in the window `train.profile`, once per start of the job.
 
-    A start that begins within the window traces what is left of it; a window that lies behind is passed by.
-    A step that is refused counts into the window as an attempt; a rewind to before the window ends it.
+    The first rank of each pipeline stage is traced (the stage's other ranks do the same work). The profiler
+    is used as a context manager: however training ends inside, what has been traced is written.
+
+    A start within the window traces the rest of it; after the window, nothing is traced. A step that is
+    refused counts as an attempt within the window; a rewind to before the window ends the trace.
     """
 
     def __init__(self, job: Job) -> None:
@@ -43,11 +44,17 @@ class StepProfiler:
 
     @property
     def is_active(self) -> bool:
-        """On all ranks alike, traced or not: traced ones slow the others down."""
+        """Return whether steps are traced now on any rank; equal on all ranks.
+
+        Ranks that are traced slow the others down.
+        """
         return self._is_begun and not self._is_stopped
 
     def before_step(self, step: int) -> None:
-        """step: the number of the step to come, from 1. Collective behind the window, where it writes."""
+        """Start tracing before the first step of the window; stop and write the trace after its last step.
+
+        Collective where it writes. step: number of the next step, counted from 1.
+        """
         if self.is_active and step not in self._window:
             self.stop()
             self._write_together()
@@ -60,7 +67,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around a step, which is a range in the trace."""
+        """Mark the step that the block runs as a range in the trace."""
         if self._profiler is None or not self.is_active:
             yield
             return
@@ -68,12 +75,12 @@ class StepProfiler:
             yield
 
     def after_step(self, step: int, seconds: float, timings: Timings) -> None:
-        """What the step (or attempt) has taken."""
+        """Note the time that the step (or attempt) has taken."""
         if self.is_active:
             self._steps.append((step, seconds, timings))
 
     def stop(self) -> None:
-        """Trace no more; what has been traced is written later."""
+        """Stop tracing; what has been traced is written later."""
         if not self.is_active:
             return
         self._is_stopped = True
@@ -96,13 +103,19 @@ class StepProfiler:
             self._tell([found] if (found := self._write_own()) else [])
 
     def _write_together(self) -> None:
-        """All ranks wait for the slowest to write: alone in the next step they would seem to hang."""
+        """Write the traces and the summary; all ranks wait for the slowest.
+
+        Ranks that went on to the next step without the others would seem to hang.
+        """
         everyone: list[RankProfile | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._write_own())
         self._tell([found for found in everyone if found])
 
     def _write_own(self) -> RankProfile | None:
-        """Write this rank's trace; what it says, or None where there is none or the disk is full."""
+        """Write this rank's trace; return its measurements, or None if the rank has traced nothing.
+
+        If the trace cannot be written, for example because the disk is full, there is only a warning.
+        """
         self._is_written = True
         profiler, self._profiler = self._profiler, None
         if profiler is None or not self._steps:
@@ -110,7 +123,7 @@ class StepProfiler:
         file = self._folder / f"rank_{self._job.runtime.rank}.json.gz"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"partial_{file.name}")  # of this ending: it makes the writer compress
+            partial = file.with_name(f"partial_{file.name}")  # ends in .gz, which makes the writer compress
             profiler.export_chrome_trace(str(partial))
             os.replace(partial, file)
         except (OSError, RuntimeError) as error:
@@ -119,7 +132,7 @@ class StepProfiler:
 
     @property
     def _recorded(self) -> range:
-        """The steps that were traced, which are fewer than asked for where training ended or began within."""
+        """Return the steps that were traced: not the whole window if training began or ended within it."""
         steps = [step for step, _, _ in self._steps]
         return range(min(steps), max(steps) + 1)
 
@@ -140,7 +153,7 @@ class StepProfiler:
         ]
         if self._job.runtime.device.type == "cuda" and not kernels:
             self._job.reporter.warn("the profile has no kernels: CUPTI is missing or not permitted")
-        if kernels:  # with a device, what counts is what its kernels do, not their launches
+        if kernels:  # on a GPU, count the time of communication kernels, not of their launches
             communication = [event for event in communication if event.device_type == DeviceType.CUDA]
         return RankProfile(
             rank=self._job.runtime.rank,
@@ -177,17 +190,20 @@ def _start_profiler(device: torch.device) -> profile:
 
 
 def _is_range(name: str) -> bool:
-    """Ours, which lie around operators and, on a GPU, around kernels."""
+    """Return whether this is one of our ranges, which contain operators and, on a GPU, kernels."""
     return name.startswith((RANGE_PREFIX, STEP_PREFIX))
 
 
 def _union(events: Sequence[Any]) -> float:
-    """Seconds in which at least one of the events was under way; theirs are microseconds."""
+    """Return the seconds during which at least one event was running; events count in microseconds."""
     return union_seconds((event.time_range.start, event.time_range.end) for event in events) / 1e6
 
 
 def _operators(profiler: profile) -> tuple[Operator, ...]:
-    """Those that take any time by themselves; ranges of annotations only repeat what is inside."""
+    """Return the operators that take any time by themselves.
+
+    Ranges of annotations are left out, since they only repeat what is inside.
+    """
     return tuple(
         Operator(
             average.key,

@@ -1,4 +1,4 @@
-"""What follows when a step was refused: the same samples again, the next ones, or back to a checkpoint."""
+"""Recovery after a refused step: the same samples again, the next ones, or back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distllm.trainer.state import TrainState
 
 
 class DivergedError(RuntimeError):
-    """Too many steps were refused: something is wrong that skipping does not mend."""
+    """Too many steps were refused: something is wrong that skipping samples does not repair."""
 
 
 class Recovery:
-    """Carries out what the guard decides; on every rank alike, since the numbers are equal on all."""
+    """Carries out what the guard decides: the same on every rank, since the numbers are equal on all."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -33,7 +33,7 @@ class Recovery:
     def after_refusal(
         self, result: StepResult, allowed: Limits, state: TrainState, seconds: float
     ) -> TrainState:
-        """Where to go on; `seconds` went into the step that was refused. Collective."""
+        """Return the state from which to go on. Collective. seconds: time that the refused step took."""
         decision = decide(
             result,
             allowed,
@@ -55,7 +55,10 @@ class Recovery:
         return state.without(samples)
 
     def _rewind(self, state: TrainState, samples: range) -> TrainState:
-        """Back to the newest good checkpoint, with these samples off the way; if there is none, go on."""
+        """Go back to the newest good checkpoint and leave out these samples.
+
+        If there is no checkpoint, go on from here without them.
+        """
         job = self._job
         self._num_rewinds += 1
         job.checkpoints.wait()
@@ -102,7 +105,7 @@ class Recovery:
         )
 
     def _first_non_finite(self) -> list[tuple[int, str]]:
-        """(rank, what went wrong first there), of the ranks where something did. Collective."""
+        """Return (rank, what was not finite first on it) for each rank where something was. Collective."""
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, self._job.engine.gradient_watch.first_non_finite())
         return [(rank, what) for rank, what in enumerate(found) if what]

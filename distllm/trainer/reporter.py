@@ -1,4 +1,4 @@
-"""What a run tells its user and its folder. Rank 0 writes; on other ranks the same calls do nothing."""
+"""What a run reports to its user and its run directory. Rank 0 writes; calls on other ranks do nothing."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class Reporter:
             )
 
     def rewind(self, step: int) -> LostWork:
-        """Training goes back to where `step` updates were done."""
+        """Note that training goes back to the state after `step` updates; return the work that is lost."""
         return self._writer.rewind(step) if self._writer else LostWork()
 
     @property
     def lost_work(self) -> LostWork:
-        """Steps of an earlier start that this one does again."""
+        """Return the steps of an earlier start that this one does again."""
         return self._writer.lost_work if self._writer else LostWork()
 
     def event(self, kind: str, reason: str, **fields: object) -> None:
@@ -85,7 +85,10 @@ class Reporter:
             self.progress.note(f"WARNING: {text}")
 
     def hang(self, diagnosis: str, step: int, file: Path) -> None:
-        """On whichever rank is the first that lives, from the watchdog's thread, before the process ends."""
+        """Report a hang, before the process ends.
+
+        Called from the watchdog's thread, on the first rank that is alive, whichever that is.
+        """
         with suppress(OSError):
             self.run.event("hang", diagnosis, step=step, file=str(file))
             self.run.write_status("failed", f"hang: {diagnosis}", step=step)
@@ -96,7 +99,7 @@ class Reporter:
         self.warn(f"rank {rank} on {facts['host']} is slow: {facts['times_the_median']} x the median")
 
     def say(self, text: str) -> None:
-        """Text for the user, on standard output, outside of the progress display."""
+        """Print text for the user on standard output, outside of the progress display."""
         if self.is_main:
             print(text, flush=True)
 
@@ -107,5 +110,5 @@ class Reporter:
 
 
 def report_progress(text: str) -> None:
-    """A line about what happens before training, on standard error."""
+    """Print a line about what happens before training, on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -25,18 +25,23 @@ from distllm.runtime.dist import on_main_rank
 from distllm.trainer.open_data import OpenedData, refuse_exhausted
 from distllm.trainer.state import TrainState
 
-# Which tokens come in which step hangs on the first; the weights hang on all of the model but the second.
+# The order of the data depends on the first; the weights depend on all settings of the model but the second.
 ORDER_SETTINGS = ("train.seed", "model.seq_length", "sequences.packing")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
-# How the run is watched and kept, which is nobody's concern at a resume.
+# How the run is monitored and stored: a change of these is not reported at a resume.
 UNTOLD = ("run", "logging", "generate", "select", "bench", "export", "import", "fault.replanned")
 
 
 @dataclass(frozen=True)
 class Start:
-    """path: checkpoint to load, None for fresh weights. damaged: newer checkpoints that were passed over,
-    each with what is wrong with it. finished: there is nothing left to do. changed: {setting: (as the
-    checkpoint was made, now)}. records: of the sources that the run has had so far (data/record.py)."""
+    """The point at which a run starts.
+
+    path: checkpoint to load; None for fresh weights.
+    damaged: newer checkpoints that were passed over, each with what is wrong with it.
+    finished: whether there is nothing left to do.
+    changed: {setting: (value when the checkpoint was made, value now)}.
+    records: of the sources that the run has had so far (data/record.py).
+    """
 
     path: Path | None
     state: TrainState = TrainState()  # noqa: RUF009 - frozen
@@ -47,7 +52,10 @@ class Start:
 
 
 def find_start(config: Config, prepared: PreparedData, data: OpenedData) -> Start:
-    """Look into the run directory before anything expensive. Collective: all ranks share the verification."""
+    """Find the start of the run in its run directory, before anything expensive is done.
+
+    Collective: all ranks share the verification of the checkpoint.
+    """
     run = RunDirectory(Path(config.run.dir), create=False)
     paths = on_main_rank(lambda: candidates(run.checkpoints_path, config.checkpoint))
     choice = choose(paths, find_damage_together)
@@ -70,7 +78,7 @@ def find_start(config: Config, prepared: PreparedData, data: OpenedData) -> Star
 
 
 def saved_state(manifest: Manifest) -> TrainState:
-    """An imported model has seen none of our data: it has no state."""
+    """Return the state in a checkpoint. An imported model has none, since it has seen none of our data."""
     state = manifest.details.get("state")
     return TrainState.from_plain(state) if state else TrainState(manifest.step)
 
@@ -85,10 +93,10 @@ def restore(engine: Engine, path: Path) -> None:
 
 
 def refuse_other_model(manifest: Manifest, engine: Engine, path: Path) -> None:
-    """A checkpoint of another model is refused with the differences, before anything is overwritten.
+    """Raise a user error with the differences if the checkpoint is of another model.
 
-    By all parameters of this rank, also those that it holds no fragment of: who refuses alone leaves the
-    other ranks waiting.
+    That happens before anything is overwritten. All parameters of this rank are compared, also those that it
+    holds no fragment of: if only some ranks refused, the others would wait for them.
     """
     differences = []
     for place in engine.places.values():
@@ -108,7 +116,7 @@ def refuse_other_model(manifest: Manifest, engine: Engine, path: Path) -> None:
 
 
 def find_damage_together(path: Path) -> str | None:
-    """`find_damage` by all ranks, each of them reading its share of the files."""
+    """Run `find_damage` on all ranks, each reading its share of the files. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found: list[str | None] = [None] * world_size
     dist.all_gather_object(found, find_damage(path, share=(rank, world_size)))
@@ -116,7 +124,7 @@ def find_damage_together(path: Path) -> str | None:
 
 
 def _start_without_checkpoint(config: Config, run: RunDirectory) -> Start:
-    """A job that keeps no checkpoints may be complete all the same."""
+    """Return a start with fresh weights, or a finished one: a job without checkpoints may be complete."""
     status = run.read_status() or {}
     done = status.get("step", 0) if status.get("state") == "completed" else 0
     is_finished = config.checkpoint.resume == "auto" and done >= config.train.steps
@@ -126,13 +134,14 @@ def _start_without_checkpoint(config: Config, run: RunDirectory) -> Start:
 def refuse_other_job(
     config: Config, prepared: PreparedData, data: OpenedData, manifest: Manifest, path: Path
 ) -> None:
-    """The order of the data must be as it was, else samples are lost or repeated; and so must the model.
+    """Raise a user error if the order of the data or the model is not that of the checkpoint.
 
-    The model is compared by its settings, since nothing is built yet; `restore` compares every shape.
+    With another order of the data, samples would be lost or repeated. The model is compared by its settings,
+    since nothing is built yet; `restore` compares every shape.
     """
     before, now = settings(manifest.details["config"]), settings(to_plain(config))
     is_trained = manifest.details["data"] is not None  # not just imported
-    # Its name is not told by earlier formats; `restore` compares all that it stands for.
+    # Earlier formats do not hold the family's name; `restore` compares all that follows from it.
     free = {*FREE_MODEL_SETTINGS, *(["model.family"] if manifest.format_version < 4 else [])}
     problems = []
     for setting, value in before.items():
@@ -156,8 +165,11 @@ def refuse_other_job(
 def _other_sources(
     config: Config, prepared: PreparedData, data: OpenedData, manifest: Manifest, path: Path
 ) -> Iterator[Problem]:
-    """Sources that are not what samples were drawn from. One that is new, or was not drawn from yet, may be
-    anything; one that is gone is no longer drawn from."""
+    """Yield a problem for each source that has changed since samples were drawn from it.
+
+    A source that is new, or was not drawn from yet, may be anything; one that is gone is simply not drawn
+    from any more.
+    """
     before = manifest.details["data"]["sources"]
     consumed = saved_state(manifest).consumed_by_source()
     for name in (name for name in data.records if name in before and consumed.get(name)):

@@ -1,4 +1,4 @@
-"""Whether a save fits between the signal that asks a job to stop and the end of patience."""
+"""How long a save takes, to know if it fits into the grace period after the signal to stop."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ def expected_save_seconds(
     tensors_per_parameter: int,
     events: Iterable[Mapping[str, Any]],
 ) -> float | None:
-    """What the last save of the run took; for a new run, what this rank's bytes take at the speed of a probe
-    written to `folder`. None where neither can be known."""
+    """Return the seconds that the next save is expected to take, None if they cannot be known.
+
+    That is what the last save of the run took; for a new run, what writing this rank's bytes takes at the
+    speed of a probe written to `folder`.
+    """
     saves = [event["seconds"] for event in events if event["kind"] == "checkpoint" and "seconds" in event]
     if saves:
         return float(saves[-1])
-    # Before the first step only the weight is there.
+    # Before the first step a fragment has only the weight, no optimizer states.
     num_bytes = tensors_per_parameter * sum(f.tensors["weight"].nbytes for f in fragments if f.writer)
     speed = _probe(folder)
     return num_bytes / speed if speed else None
 
 
 def _probe(folder: Path) -> float | None:
-    """Bytes per second of a durable write; None where it fails."""
+    """Measure a durable write to `folder`; return its bytes per second, None if it fails."""
     file, begin = folder / ".probe", time.monotonic()
     try:
         with open(file, "wb") as stream:

@@ -1,4 +1,4 @@
-"""How far training has come: all that a resume needs to know beside weights and optimizer states."""
+"""How far training has come: all that a resume needs beside weights and optimizer states."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from distllm.lineage.history import (
 
 @dataclass(frozen=True)
 class TrainState:
-    """step: updates done. next_sample: global sample number with which the next step begins; with the history
-    it is the whole state of the data, whose order is a function of both.
+    """How far training has come.
 
+    step: number of updates done.
+    next_sample: global number of the sample with which the next step begins; together with the history it is
+        the whole state of the data, whose order is a function of both.
     skipped: ranges [first, end) of samples that no update has seen or will see, in order.
     losses, grad_norms: of the last steps, newest last, for the bounds of the guard.
     history: which samples came in which steps, and from which mixture.
@@ -35,19 +37,19 @@ class TrainState:
 
     @property
     def consumed_samples(self) -> int:
-        """Samples that updates have seen."""
+        """Return the number of samples that updates have seen."""
         return consumed_samples(self.next_sample, self.skipped)
 
     def consumed_by_source(self) -> dict[str, int]:
-        """Samples that updates have seen, of each source that the mixture has had so far."""
+        """Return the number of samples that updates have seen, of each source of the mixture so far."""
         return consumed_by_source(self.history, self.next_sample, self.skipped)
 
     def samples(self, global_batch_size: int) -> range:
-        """Of the next step."""
+        """Return the samples of the next step."""
         return range(self.next_sample, self.next_sample + global_batch_size)
 
     def planned(self, global_batch_size: int, weights: Mapping[str, float]) -> TrainState:
-        """The same, ready for a step of this size from this mixture, which goes on record."""
+        """Return the state for a step of this batch size from this mixture, with both in its history."""
         state = self.for_batch(global_batch_size)
         history = with_plan(state.history, state.step, state.next_sample, global_batch_size, weights)
         return replace(state, history=history)
@@ -62,15 +64,16 @@ class TrainState:
         ).for_batch(global_batch_size)
 
     def without(self, samples: range) -> TrainState:
-        """The same, but that these samples will not be trained on."""
+        """Return the state in which these samples are skipped."""
         skipped = (*self.skipped, (samples.start, samples.stop))
         return replace(self, skipped=tuple(sorted(skipped))).for_batch(len(samples))
 
     def for_batch(self, global_batch_size: int) -> TrainState:
-        """The same for steps of this size, which may be another than before.
+        """Return the state for steps of this batch size, which may differ from the size before.
 
-        Begin the next step after skipped ranges that it would meet; where a range begins within the step
-        (the batch size has changed since), what comes before it is skipped too."""
+        The next step begins after the skipped ranges that it would overlap. If a range begins within the step
+        (because the batch size has changed since), the samples of the step before the range are skipped, too.
+        """
         state = self
         for first, end in self.skipped:
             if first < state.next_sample + global_batch_size and end > state.next_sample:
@@ -80,12 +83,12 @@ class TrainState:
         return state
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON values, for the manifest of a checkpoint."""
+        """Return the state as JSON values, for the manifest of a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> TrainState:
-        """What `to_plain` made, read back from JSON."""
+        """Return the state from what `to_plain` returned, after it was read back from JSON."""
         return cls(
             step=plain["step"],
             next_sample=plain["next_sample"],
