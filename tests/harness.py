@@ -146,9 +146,9 @@ def _rank_main(
     gc.freeze()  # what the warm process has imported is no garbage: `jobs.finish` collects in milliseconds
     torch.set_num_threads(1)  # ranks share two cores; more threads than cores only wait for each other
     try:
-        dist.start(timedelta(seconds=60))
+        runtime = dist.start(timedelta(seconds=60))
         value = function(rank, *args)
-        dist.stop(succeeded=True)
+        dist.stop(runtime, succeeded=True)
     except BaseException as error:
         traceback.print_exc()
         sender.send_bytes(pickle.dumps((False, f"{type(error).__name__}: {error}")))

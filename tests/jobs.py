@@ -19,7 +19,6 @@ from deepspeed.utils import safe_get_full_grad
 
 from distllm.config import compose
 from distllm.config.schema import Config, Model
-from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine, StepResult
 from distllm.engine.microbatch import Microbatch
 from distllm.engine.replicated import ReplicatedEngine
@@ -27,8 +26,8 @@ from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Grid
 from distllm.layout.groups import Groups, create_groups, release_groups
 from distllm.layout.place import Box
-from distllm.model.build import build_model
 from distllm.objectives import create_objective
+from distllm.trainer.build import build_engine as build
 
 VOCAB_SIZE = 300
 CONFIGS = "DISTLLM_TEST_CONFIGS"  # environment variable: folder of a session's composed configs (conftest.py)
@@ -109,8 +108,8 @@ def build_engine(config: Config, vocab_size: int = VOCAB_SIZE) -> Engine:
     """Model and engine of a config in a world that is started; `finish` undoes it."""
     grid = Grid.of(config.parallel, torch.distributed.get_world_size())
     groups = create_groups(grid, TIMEOUT, config.parallel.virtual_pipeline)
-    built = build_model(config, vocab_size, groups, torch.device("cpu"), _never)
-    return create_engine(built.chunks, built.places, config, groups, create_objective(config))
+    device = torch.device("cpu")
+    return build(config, vocab_size, groups, device, create_objective(config), _never)
 
 
 def _never(problem: str) -> None:

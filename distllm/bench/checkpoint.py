@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from distllm.bench.engine import LEARNING_RATE, world
 from distllm.bench.report import Report, Spread
 from distllm.bench.saving import Way, at_once, forget, time_way
@@ -25,6 +22,7 @@ from distllm.checkpoint.store import Contents, read_tensors
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine
 from distllm.layout.save_groups import create_save_groups
+from distllm.layout.tree import Tree
 from distllm.metrics.format import block, bytes_, plural
 from distllm.runtime.dist import on_main_rank
 
@@ -51,14 +49,17 @@ def run(config: Config, vocab_size: int) -> Report:
         engine = started.build(config)
         engine.train_step(started.microbatches, LEARNING_RATE)
         folder = Path(
-            on_main_rank(lambda: tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.bench.folder))
+            on_main_rank(
+                started.runtime.everyone,
+                lambda: tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.bench.folder),
+            )
         )
         try:
-            rows = list(_measure(config, engine, folder / CHECKPOINT))
+            rows = list(_measure(config, engine, folder / CHECKPOINT, started.runtime.everyone))
             num_bytes = sum(
                 file.stat().st_size for file in (folder / CHECKPOINT).rglob("*") if file.is_file()
             )
-            dist.barrier()
+            started.runtime.everyone.meet()
         finally:
             if started.runtime.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -66,7 +67,7 @@ def run(config: Config, vocab_size: int) -> Report:
     return Report(table(rows, num_bytes, started.runtime.world_size), results)
 
 
-def _measure(config: Config, engine: Engine, path: Path) -> Iterator[Measured]:
+def _measure(config: Config, engine: Engine, path: Path, everyone: Tree) -> Iterator[Measured]:
     groups = create_save_groups(engine.groups.grid, timedelta(seconds=config.checkpoint.timeout_seconds))
     contents = Contents(1, engine.scalars(), {})
 
@@ -90,12 +91,12 @@ def _measure(config: Config, engine: Engine, path: Path) -> Iterator[Measured]:
         Way("load", at_once(load), is_load=True),
         Way("verify and load", at_once(verify_and_load), is_load=True),
     ]
-    _remove(path)
+    _remove(path, everyone)
     save(later)  # allocates its memory, which later saves reuse
     later.wait()
     later.outcomes()
     for way in ways:
-        yield _repeated(way, path, config.bench.repeats)
+        yield _repeated(way, path, config.bench.repeats, everyone)
 
 
 def _is_saved(saver: Saver) -> bool:
@@ -105,27 +106,26 @@ def _is_saved(saver: Saver) -> bool:
     return bool(outcomes)
 
 
-def _repeated(way: Way, path: Path, repeats: int) -> Measured:
+def _repeated(way: Way, path: Path, repeats: int, everyone: Tree) -> Measured:
     timings = []
     for _ in range(repeats):
-        forget(path) if way.is_load else _remove(path)
-        dist.barrier()
+        forget(path) if way.is_load else _remove(path, everyone)
+        everyone.meet()
         timings.append(time_way(way))
-        dist.barrier()
-    seconds = torch.tensor([[t.blocking_seconds, t.seconds] for t in timings])
-    dist.all_reduce(on_device := seconds.to(_device()), dist.ReduceOp.MAX)
-    blocking, whole = on_device.t().tolist()
+        everyone.meet()
+    blocking = everyone.agree([t.blocking_seconds for t in timings], _slowest)
+    whole = everyone.agree([t.seconds for t in timings], _slowest)
     speeds = [timing.speed for timing in timings if timing.speed is not None]
     speed = Spread.of(speeds).median if speeds else None
     return Measured(way.what, Spread.of(blocking), Spread.of(whole), speed)
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _slowest(a: list[float], b: list[float]) -> list[float]:
+    return [max(pair) for pair in zip(a, b, strict=True)]
 
 
-def _remove(path: Path) -> None:
-    on_main_rank(lambda: shutil.rmtree(path, ignore_errors=True))
+def _remove(path: Path, everyone: Tree) -> None:
+    on_main_rank(everyone, lambda: shutil.rmtree(path, ignore_errors=True))
 
 
 def table(rows: list[Measured], num_bytes: int, world_size: int) -> str:

@@ -10,15 +10,14 @@ from datetime import timedelta
 import torch
 
 from distllm.config.schema import Config
-from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
 from distllm.engine.microbatch import Microbatch
 from distllm.layout.grid import Grid
 from distllm.layout.groups import Role, create_groups, destroy_groups
-from distllm.model.build import build_model
 from distllm.objectives import create_objective
 from distllm.runtime import dist
 from distllm.runtime.dist import Runtime
+from distllm.trainer.build import build_engine
 
 LEARNING_RATE = 1e-4  # of the measured steps: small enough for any model
 
@@ -46,14 +45,13 @@ def world(config: Config, vocab_size: int) -> Iterator[World]:
         groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
 
         def build(config: Config) -> Engine:
-            built = build_model(config, vocab_size, groups, runtime.device)
-            return create_engine(built.chunks, built.places, config, groups, create_objective(config))
+            return build_engine(config, vocab_size, groups, runtime.device, create_objective(config))
 
         yield World(runtime, build, random_microbatches(config, vocab_size, groups.samples, runtime.device))
         succeeded = True
     finally:
         destroy_groups()
-        dist.stop(succeeded)
+        dist.stop(runtime, succeeded)
 
 
 def random_microbatches(

@@ -123,21 +123,19 @@ def _measure_one(config: Config, vocab_size: int, steps: int) -> Measured:
     import torch
     import torch.distributed as dist
 
-    from distllm.engine.create import create_engine
     from distllm.engine.microbatch import Microbatch
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups, release_groups
-    from distllm.model.build import build_model
     from distllm.objectives import create_objective
     from distllm.plan.communication import rank_traffic
     from distllm.plan.rank_view import RankView
     from distllm.runtime.collective_counter import CollectiveCounter
+    from distllm.trainer.build import build_engine
 
     parallel, train = config.parallel, config.train
     grid = Grid.of(parallel, dist.get_world_size())
     groups = create_groups(grid, timedelta(seconds=300), parallel.virtual_pipeline)
-    built = build_model(config, vocab_size, groups, torch.device("cpu"))
-    engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
+    engine = build_engine(config, vocab_size, groups, torch.device("cpu"), create_objective(config))
     generator = torch.Generator().manual_seed(groups.samples.rank)
     shape = (train.micro_batch_size, config.model.seq_length + 1)
     number = train.global_batch_size // (train.micro_batch_size * groups.samples.size)

@@ -99,11 +99,11 @@ def _main(folder: Path) -> None:
     module, name, args, starts_world = pickle.loads((folder / "call").read_bytes())
     function = getattr(importlib.import_module(module), name)
     if starts_world:
-        dist.start(timedelta(seconds=300))
+        runtime = dist.start(timedelta(seconds=300))
     result = function(rank, *args)
     (folder / f"result{rank}").write_bytes(pickle.dumps(result))
     if starts_world:
-        dist.stop(succeeded=True)
+        dist.stop(runtime, succeeded=True)
 
 
 def _rendezvous(rank: int, folder: Path) -> dict[str, str]:

@@ -105,8 +105,6 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     """Measure all phases of a start on this rank."""
     counts = _Counts()
     with counts.phase("import libraries"):
-        import torch.distributed as torch_dist
-
         from distllm.engine import zero as zero
         from distllm.trainer import job as job
     _count_store_and_groups(counts)
@@ -115,15 +113,14 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
     from distllm.config.compose import config_hash
     from distllm.data.loader import StepShape
     from distllm.data.preparation.prepare import prepare
-    from distllm.engine.create import create_engine
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups, destroy_groups
     from distllm.layout.save_groups import create_save_groups
-    from distllm.model.build import build_model
     from distllm.objectives import create_objective
     from distllm.runtime import dist
     from distllm.runtime.collective_counter import CollectiveCounter
     from distllm.trainer.batches import Batches
+    from distllm.trainer.build import build_engine
     from distllm.trainer.open_data import open_data
     from distllm.trainer.resume import find_start
 
@@ -147,14 +144,14 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
         runtime = dist.start(timedelta(seconds=600))
     grid = Grid.of(config.parallel, runtime.world_size)
     with counter, phase("agree on config and start"):
-        dist.assert_equal_on_all_ranks("config", config_hash(config))
-        start = find_start(config, prepared, data)
+        dist.assert_equal_on_all_ranks(runtime.everyone, "config", config_hash(config))
+        start = find_start(config, prepared, data, runtime.everyone)
     with counter, phase("make groups"):
         groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
         save_groups = create_save_groups(grid, runtime.timeout)
     with counter, phase("build model and engine"):
-        built = build_model(config, prepared.vocab_size, groups, runtime.device)
-        engine = create_engine(built.chunks, built.places, config, groups, create_objective(config))
+        objective = create_objective(config)
+        engine = build_engine(config, prepared.vocab_size, groups, runtime.device, objective)
     shape = StepShape(config.train.global_batch_size, config.train.micro_batch_size, groups.samples.size)
     feed = Batches(
         data.training, shape, groups.samples.rank, create_objective(config), runtime.device, prefetch=0
@@ -170,9 +167,8 @@ def measure(rank: int, overrides: tuple[str, ...], folder: str) -> dict[str, Cos
         errors = [outcome.error for outcome in saver.outcomes() if outcome.error]
         assert not errors, f"the checkpoint was not written: {errors}"
     feed.close()
-    torch_dist.barrier()
     destroy_groups()
-    dist.stop(succeeded=True)
+    dist.stop(runtime, succeeded=True)
     return counts.costs
 
 

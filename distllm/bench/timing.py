@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from distllm.layout.dtypes import DTYPES
 from distllm.runtime.allocator import release_freed_memory
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows of square matrices, large enough to reach a device's best rate; a product takes some milliseconds.
 PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 PRODUCTS_PER_SIZE = 5

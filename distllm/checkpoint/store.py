@@ -6,12 +6,13 @@
       tokenizer/...               and other attachments
       manifest.json               written last, with size and hash of every other file
 
-A module's metadata is assembled on one rank of its pipeline stage, another for each module, and read one
-module at a time: no rank ever holds the list of all pieces, which has millions of entries for a large job.
+A module's metadata is assembled on the first rank of its pipeline stage, and read one module at a time: no
+rank ever holds the list of all pieces, which has millions of entries for a large job.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -31,6 +32,7 @@ from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.layout.fragment import Fragment
 from distllm.layout.place import Shape, module_of
 from distllm.layout.save_groups import SaveGroups
+from distllm.layout.tree import Tree
 
 T = TypeVar("T")
 TENSORS, SHARDS = "tensors", "shards"
@@ -64,6 +66,10 @@ class _Described:
         self.states |= other.states
         self.files |= other.files
 
+    def combined(self, other: _Described) -> _Described:
+        self.add(other)
+        return self
+
 
 def write_checkpoint(
     path: Path,
@@ -73,10 +79,11 @@ def write_checkpoint(
     scalars: Mapping[str, float],
     details: Mapping[str, Any],
     attachments: Mapping[str, bytes] | None = None,
+    groups: SaveGroups = DEFAULT_GROUPS,
 ) -> None:
     """Write the current content of the fragments. Collective; see `write_pieces`."""
     pieces = pieces_of(fragment for fragment in fragments if fragment.writer)
-    write_pieces(path, pieces, Contents(step, scalars, details, attachments or {}))
+    write_pieces(path, pieces, Contents(step, scalars, details, attachments or {}), groups)
 
 
 def write_pieces(
@@ -95,11 +102,10 @@ def write_pieces(
         attached = _together(groups, lambda: _open_folder(temporary, contents, storage) if rank == 0 else {})
         records, described = _together(groups, lambda: _write_shard(temporary, rank, pieces, storage))
         described.files |= attached
-        modules = _gather_by_module(records, groups)
+        modules = _gather_by_module(records, groups.stage)
         described.add(_together(groups, lambda: _write_modules(temporary, modules, storage)))
-        everyone: list[_Described] | None = [described] * dist.get_world_size() if rank == 0 else None
-        dist.gather_object(described, everyone, dst=0, group=groups.world)
-        _together(groups, lambda: _commit(temporary, path, contents, everyone, storage) if everyone else None)
+        total = groups.world.combine(described, _Described.combined)
+        _together(groups, lambda: _commit(temporary, path, contents, total, storage) if total else None)
     except SaveFailedError:
         if rank == 0:
             with suppress(OSError):  # a leftover is not a checkpoint, and the next save removes it
@@ -145,13 +151,18 @@ def _together(groups: SaveGroups, work: Callable[[], T]) -> T:
         disk_error = f"rank {dist.get_rank()}: {caught!r}"
     except Exception as caught:
         bug = f"rank {dist.get_rank()}: {caught!r}"
-    outcomes: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (disk_error, bug), group=groups.world)
-    if bugs := [bug for _, bug in outcomes if bug]:
-        raise AssertionError(bugs[0])
-    if errors := [error for error, _ in outcomes if error]:
-        raise SaveFailedError(errors[0])
+    bug, disk_error = groups.world.agree((bug, disk_error), _first_of_each)
+    if bug:
+        raise AssertionError(bug)
+    if disk_error:
+        raise SaveFailedError(disk_error)
     return result  # type: ignore[return-value]
+
+
+def _first_of_each(
+    a: tuple[str | None, str | None], b: tuple[str | None, str | None]
+) -> tuple[str | None, str | None]:
+    return a[0] or b[0], a[1] or b[1]
 
 
 def _open_folder(folder: Path, contents: Contents, storage: Storage) -> dict[str, FileRecord]:
@@ -178,22 +189,13 @@ def _write_shard(
     return records, _Described(files={file: stream.record})
 
 
-def _gather_by_module(records: Sequence[Record], groups: SaveGroups) -> dict[str, list[Record]]:
-    """Return all ranks' records of the modules that this rank describes. Collective over `groups.stage`."""
-    mine: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        mine[module_of(record.name)].append(record)
-    size, rank = dist.get_world_size(groups.stage), dist.get_rank(groups.stage)
-    names: list[list[str]] = [[]] * size
-    dist.all_gather_object(names, list(mine), group=groups.stage)
-    gathered = {}
-    for index, module in enumerate(sorted(set().union(*names))):
-        describes = index % size
-        parts: list[list[Record]] | None = [[]] * size if rank == describes else None
-        dist.gather_object(mine[module], parts, group=groups.stage, group_dst=describes)
-        if parts is not None:
-            gathered[module] = [record for part in parts for record in part]
-    return gathered
+def _gather_by_module(records: Sequence[Record], stage: Tree) -> dict[str, list[Record]]:
+    """Return all records of the ranks of this stage by module on the first of them, none on others."""
+    gathered = stage.combine(list(records), operator.add) or []
+    by_module: dict[str, list[Record]] = defaultdict(list)
+    for record in gathered:
+        by_module[module_of(record.name)].append(record)
+    return by_module
 
 
 def _write_modules(folder: Path, modules: Mapping[str, Sequence[Record]], storage: Storage) -> _Described:
@@ -211,13 +213,8 @@ def _write_modules(folder: Path, modules: Mapping[str, Sequence[Record]], storag
     return described
 
 
-def _commit(
-    temporary: Path, path: Path, contents: Contents, everyone: Iterable[_Described], storage: Storage
-) -> None:
+def _commit(temporary: Path, path: Path, contents: Contents, total: _Described, storage: Storage) -> None:
     """Write the manifest, and then give the folder its final name."""
-    total = _Described()
-    for part in everyone:
-        total.add(part)
     manifest = Manifest(
         FORMAT_VERSION,
         contents.step,

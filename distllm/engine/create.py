@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -11,6 +11,15 @@ from distllm.engine.engine import Engine
 from distllm.engine.objective import Objective
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
+
+
+def holder(config: Config, groups: Groups) -> Callable[[nn.Parameter], None]:
+    """Return what the engine does with each parameter once it has its values, before the next is made."""
+    if config.zero.stage < 3:
+        return lambda parameter: None
+    from distllm.engine.zero import partitioner
+
+    return partitioner(config, groups)
 
 
 def create_engine(

@@ -20,11 +20,10 @@ from distllm.engine.objective import Objective
 from distllm.engine.optimizer import create_optimizer
 from distllm.engine.reduction import GradientReduction
 from distllm.engine.tied import tied_copy
+from distllm.layout.dtypes import DTYPES
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ReplicatedEngine(Engine):

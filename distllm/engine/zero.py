@@ -31,6 +31,7 @@ from distllm.engine.objective import Objective
 from distllm.engine.optimizer import create_optimizer
 from distllm.engine.tied import tied_copy
 from distllm.engine.zero_state import refresh_working_weights, state_owners, zero_fragments
+from distllm.layout.dtypes import DTYPES
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
@@ -176,6 +177,27 @@ class ZeroEngine(Engine):
         refresh_working_weights(self.zero_optimizer)
 
 
+def partitioner(config: Config, groups: Groups) -> Callable[[nn.Parameter], None]:
+    """Return a function that replaces a parameter's values by this rank's part of them (stage 3).
+
+    By what `deepspeed.zero.Init` does to each parameter, without its patches of PyTorch's modules;
+    `deepspeed.initialize` leaves parameters that are partitioned alone. It would partition only once a rank
+    holds all of them, and broadcast each before.
+    """
+    init = deepspeed.zero.Init(
+        data_parallel_group=groups.loss.group,
+        config_dict_or_path=deepspeed_config(config, largest_stage_numel=1),
+        dtype=DTYPES[config.train.precision],
+        mpu=_MegatronGroups(groups),
+    )
+
+    def partition(parameter: Any) -> None:
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    return partition
+
+
 def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration, derived from ours; it is never written by hand.
 
@@ -217,7 +239,7 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
 
 
 def _largest_stage_numel(places: Mapping[nn.Parameter, Place], groups: Groups) -> int:
-    numel = torch.tensor([sum(p.numel() for p in places)], device=next(iter(places)).device)
+    numel = torch.tensor([sum(place.numel for place in places.values())], device=next(iter(places)).device)
     dist.all_reduce(numel, op=dist.ReduceOp.MAX, group=groups.model)
     return int(numel.item())
 

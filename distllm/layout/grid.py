@@ -91,6 +91,13 @@ class Grid:
         size = math.prod(self.ranks.shape[dim] for dim in kept)
         return np.moveaxis(self.ranks, kept, range(-len(kept), 0)).reshape(-1, size)
 
+    def group_of(self, rank: int, *axes: str) -> list[int]:
+        """Return the ranks that differ from `rank` on these axes only, in rising order."""
+        at = self.coordinates(rank)
+        row = tuple(slice(None) if axis in axes else at.of(axis) for axis in AXES)
+        ranks: list[int] = self.ranks[row].reshape(-1).tolist()
+        return ranks
+
     def __str__(self) -> str:
         """Draw the grid, one row per data-parallel replica and one column per stage; long axes are cut."""
         width = len(str(self.world_size - 1))

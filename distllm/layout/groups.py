@@ -1,4 +1,4 @@
-"""Process groups from the grid, created once, by Megatron Core, and passed to the code that needs them.
+"""Process groups from the grid, created once, and passed to the code that needs them.
 
 Code that trains, reads data or saves asks for a role: what the ranks of a group do together. Only code that
 handles an axis itself (pipeline schedules, tensor-parallel layers) asks for the group of the axis.
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 
-from distllm.config.axes import AXES
 from distllm.layout.grid import Coordinates, Grid
+from distllm.layout.local_group import new_local_group
+from distllm.layout.megatron_state import forget, hand_over
 from distllm.layout.place import Place
 
 
@@ -39,7 +39,7 @@ class Groups:
     embedding: first and last stage of a pipeline, None elsewhere.
     num_chunks: model chunks on this rank.
     megatron: the same groups in Megatron Core's form.
-    made: all that were made for this grid, also those that nothing here uses.
+    made: all of them, each once.
     """
 
     grid: Grid
@@ -101,40 +101,43 @@ class Groups:
 
 
 def create_groups(grid: Grid, timeout: timedelta, num_chunks: int = 1) -> Groups:
-    """Create the process groups of `grid`; called once, on all ranks, after the world group exists.
+    """Create this rank's process groups; called once, on all ranks, after the world group exists.
 
-    Megatron Core 0.16.1 reads some groups from its module state even where it takes them as arguments
-    (`parallel_state` in schedules and checkpointing), so it has to make them. An assertion compares them with
-    the grid's slices, since a difference in rank order would train a wrong model without any error.
+    num_chunks: model chunks on each rank. Axes of degree 1 share one group of this rank alone.
     """
-    before = _registered_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=grid.tensor,
-        pipeline_model_parallel_size=grid.pipeline,
-        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
-        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
-        create_gloo_process_groups=False,
-    )
-    megatron = ProcessGroupCollection.use_mpu_process_groups()
-    groups = Groups(
+    rank = dist.get_rank()
+
+    def group(*axes: str) -> ProcessGroup:
+        row = grid.group_of(rank, *axes)
+        made = new_local_group(row, timeout) if len(row) > 1 else alone
+        assert made is not None, f"rank {rank} is not in its own group {row}"
+        return made
+
+    alone = new_local_group([rank], timeout)
+    assert alone is not None, f"rank {rank} is not in its own group"
+    data, tensor, pipeline = group("data"), group("tensor"), group("pipeline")
+    model = group("pipeline", "tensor")
+    ends = grid.group_of(rank, "pipeline")[:: max(1, grid.pipeline - 1)]
+    embedding = new_local_group(ends, timeout) if grid.pipeline > 1 else alone
+    return Groups(
         grid=grid,
-        coordinates=grid.coordinates(dist.get_rank()),
-        data=parallel_state.get_data_parallel_group(),
-        tensor=megatron.tp,
-        pipeline=megatron.pp,
-        model=megatron.mp,
-        embedding=megatron.embd if parallel_state.is_rank_in_embedding_group() else None,
+        coordinates=grid.coordinates(rank),
+        data=data,
+        tensor=tensor,
+        pipeline=pipeline,
+        model=model,
+        embedding=embedding,
         num_chunks=num_chunks,
-        megatron=megatron,
-        made=tuple(group for group in _registered_groups() if group not in before),
+        megatron=hand_over(
+            data=data, tensor=tensor, pipeline=pipeline, model=model, context=alone, num_chunks=num_chunks
+        ),
+        made=tuple(dict.fromkeys(g for g in (alone, data, tensor, pipeline, model, embedding) if g)),
     )
-    _assert_slices(groups)
-    return groups
 
 
 def destroy_groups() -> None:
-    """Forget the groups, so that a process may make others."""
-    parallel_state.destroy_model_parallel()
+    """Forget the groups, in a process that is about to end."""
+    forget()
 
 
 def release_groups(groups: Groups) -> None:
@@ -145,20 +148,6 @@ def release_groups(groups: Groups) -> None:
     the process ends: after a few dozen grids threads do little but wake each other.
     """
     dist.barrier()
-    destroy_groups()
+    forget()
     for group in groups.made:
         dist.destroy_process_group(group)
-
-
-def _registered_groups() -> list[ProcessGroup]:
-    """Return all groups that this rank is in, as torch (2.11 to 2.13) keeps them: it has no public list."""
-    return list(distributed_c10d._world.pg_map)
-
-
-def _assert_slices(groups: Groups) -> None:
-    grid, rank = groups.grid, dist.get_rank()
-    slices = {axis: grid.groups(axis) for axis in AXES} | {"model": grid.groups("pipeline", "tensor")}
-    for name, rows in slices.items():
-        expected = next(row.tolist() for row in rows if rank in row)
-        actual = dist.get_process_group_ranks(groups.by_name[name])
-        assert actual == expected, f"{name} group of rank {rank} is {actual}, the grid says {expected}"

@@ -47,6 +47,11 @@ class Place:
     primary: bool
     is_decayed: bool = True
 
+    @property
+    def numel(self) -> int:
+        """Return the number of elements of this rank's box, also where ZeRO holds the parameter in parts."""
+        return math.prod(self.local_shape)
+
     def boxes(self, start: int, stop: int) -> list[Box]:
         """Return the boxes of the global tensor that flat elements [start, stop) cover, in flat order."""
         assert 0 <= start <= stop <= math.prod(self.local_shape), (

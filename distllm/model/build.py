@@ -14,12 +14,13 @@ from torch import nn
 from distllm.config.schema import Config
 from distllm.config.stages import pipeline_stages
 from distllm.layout.groups import Groups
-from distllm.layout.parameter import WORD_EMBEDDINGS, Parameter
+from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.layout.place import Place
 from distllm.model.families import family_of
 from distllm.model.gpt import GPT
-from distllm.model.init import initialize_weights
+from distllm.model.init import initialize
 from distllm.model.kernels import compiled, use_kernels
+from distllm.model.materialize import materialize
 from distllm.model.parameters import parameters_of
 from distllm.model.sharding import match_table, place_of
 from distllm.model.spec import block_spec, transformer_config
@@ -43,10 +44,17 @@ def build_model(
     groups: Groups,
     device: torch.device,
     warn: Callable[[str], None] = warnings.warn,
+    *,
+    hold: Callable[[nn.Parameter], None] = lambda parameter: None,
+    draws: bool = True,
 ) -> BuiltModel:
-    """Build this rank's part of the model on `device` and give it its initial weights.
+    """Build this rank's part of the model on `device`.
+
+    It is built without memory; then each parameter gets its memory and its values before the next.
 
     warn: called in the first step with what `train.compile` requests and cannot be compiled.
+    hold: called with each parameter once it has its values: ZeRO-3 keeps a part of it.
+    draws: give the parameters their initial values; else they are arbitrary, since a checkpoint follows.
 
     A chunk takes tokens and positions, both [batch, seq], and where documents begin in them, [num_documents +
     1] int32, or None: attention then stays inside documents, not sequences. The last chunk returns a loss
@@ -54,21 +62,27 @@ def build_model(
     activations, [seq (/tp), batch, hidden].
     """
     # Megatron Core requires its random states, even where nothing is drawn from them.
-    model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
-    megatron_config = transformer_config(config, device)
+    tensor_rank = groups.coordinates.tensor
+    model_parallel_cuda_manual_seed(
+        config.train.seed, force_reset_rng=True, tp_rank=tensor_rank, ep_rank=0, etp_rank=tensor_rank
+    )
+    megatron_config = transformer_config(config)
     num_rows = config.model.padded_vocab_size(vocab_size)
     table = {entry.name: entry for entry in parameters_of(config.model, num_rows)}
-    entries: dict[nn.Parameter, Parameter] = {}
     places: dict[nn.Parameter, Place] = {}
     chunks: list[nn.Module] = []
     for chunk in range(groups.num_chunks):
-        with torch.device(device):
+        with torch.device("meta"):
             module = _build_chunk(config, megatron_config, vocab_size, groups, chunk)
-        for parameter, entry in match_table(module, table, groups).items():
+        for name, entry in match_table(module, table, groups).items():
             is_tied_copy = entry.name == WORD_EMBEDDINGS and not groups.is_first_chunk(chunk)
-            entries[parameter], places[parameter] = entry, place_of(entry, groups, is_tied_copy)
+            place = place_of(entry, groups, is_tied_copy)
+            parameter = materialize(module, name, device)
+            if draws and device.type != "meta":
+                initialize(parameter, entry, place, config.train.seed)
+            hold(parameter)
+            places[parameter] = place
         chunks.append(module)
-    initialize_weights(entries, places, config.train.seed)
     if config.train.compile:
         kernels = compiled(warn)
         for chunk_module in chunks:

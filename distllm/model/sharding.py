@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from torch import nn
 
 from distllm.layout.groups import Groups
 from distllm.layout.parameter import WORD_EMBEDDINGS, Parameter
@@ -13,15 +12,15 @@ from distllm.layout.place import Place
 from distllm.model.parameters import Table
 
 
-def match_table(model: GPTModel, table: Table, groups: Groups) -> dict[nn.Parameter, Parameter]:
-    """Return the entry of every parameter of `model`, in the order of `named_parameters()`.
+def match_table(model: GPTModel, table: Table, groups: Groups) -> dict[str, Parameter]:
+    """Return the entry of every parameter of `model` by the model's own name, in its order.
 
-    Names are Megatron's with the global layer number. The only tensor that exists under two names is a tied
-    output projection on a last stage that is not the first: there it is the embedding's.
+    Canonical names are Megatron's with the global layer number. The only tensor that exists under two names
+    is a tied output projection on a last stage that is not the first: there it is the embedding's.
     """
-    matched: dict[nn.Parameter, Parameter] = {}
-    for name, tensor in model.named_parameters():
-        name = _global_layer_name(model, name)
+    matched: dict[str, Parameter] = {}
+    for own_name, tensor in model.named_parameters():
+        name = _global_layer_name(model, own_name)
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = WORD_EMBEDDINGS
         assert name in table, f"{name} is not in the family's table of parameters"
@@ -29,7 +28,7 @@ def match_table(model: GPTModel, table: Table, groups: Groups) -> dict[nn.Parame
         expected = entry.module_shape(groups.grid.degrees)
         assert tuple(tensor.shape) == expected, f"{name} is {tuple(tensor.shape)}, its table says {expected}"
         _mark_cut(tensor, entry)
-        matched[tensor] = entry
+        matched[own_name] = entry
     return matched
 
 

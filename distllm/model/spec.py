@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from distllm.config.schema import Config, Model, Recompute
+from distllm.layout.dtypes import DTYPES
 from distllm.model.families import family_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
+def transformer_config(config: Config) -> TransformerConfig:
     """Return Megatron Core's config of the model; every fusion that needs its CUDA extensions is off."""
     model, parallel, precision = config.model, config.parallel, config.train.precision
     dtype = DTYPES[precision]
@@ -42,9 +40,10 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        # Weights come from init.py, equal under every layout; Megatron only allocates.
+        # Weights come from init.py, equal under every layout. Megatron does not even allocate: what it would
+        # allocate on a GPU by its number, it then allocates where torch does by default (build.py: nowhere).
         perform_initialization=False,
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -7,6 +7,7 @@ differs.
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,22 +17,25 @@ import torch
 import torch.distributed as dist
 
 from distllm.config.problems import UserError, user_error
+from distllm.layout.tree import BRANCHES, WORLD, Tree
 from distllm.runtime import cpu
 from distllm.runtime.allocator import keep_freed_memory
 from distllm.runtime.launcher import die_with_launcher
 
 T = TypeVar("T")
+RANKS_IN_MESSAGES = 8
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The place of this process in the world."""
+    """The place of this process in the world. everyone: exchanges small objects with all other ranks."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     timeout: timedelta
+    everyone: Tree
 
     @property
     def is_main(self) -> bool:
@@ -60,65 +64,84 @@ def start(timeout: timedelta, tensor_parallel: int = 1) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed requires the variable
     device = _choose_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    raise_file_limit()
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # for the watchdog's report on NCCL
-    device_id = device if device.type == "cuda" else None
+    # Without `device_id`: with it every group that is made later splits the communicator of all ranks, which
+    # takes all of them (torch 2.13, distributed_c10d.py), and messages between stages wait for other work of
+    # their group.
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         # A store in memory: a single process needs no port, so any number of them run side by side.
         store = dist.HashStore()
-        dist.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
-        )
-    return Runtime(rank, world_size, local_rank, device, timeout)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return Runtime(rank, world_size, local_rank, device, timeout, _everyone(backend, world_size, timeout))
 
 
-def stop(succeeded: bool) -> None:
+def _everyone(backend: str, world_size: int, timeout: timedelta) -> Tree:
+    """Return the tree of all ranks: the world group itself where that holds objects in host memory."""
+    if backend == "gloo" and world_size <= BRANCHES:
+        return WORLD
+    return Tree.create(range(world_size), timeout)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one: sockets are files, and 1024 is a usual soft one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def stop(runtime: Runtime, succeeded: bool) -> None:
     """Leave the world group.
 
     After success all ranks meet first: a rank that leaves while a peer still sends aborts the peer. After a
-    failure the peers may be gone, and a barrier would wait for them until the timeout.
+    failure the peers may be gone, and a meeting would wait for them until the timeout.
     """
-    if not dist.is_initialized():
-        return
     if succeeded:
-        dist.barrier()
+        runtime.everyone.meet()
     dist.destroy_process_group()
 
 
-def on_main_rank(function: Callable[[], T]) -> T:
+def on_main_rank(everyone: Tree, function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and return its result on every rank; all ranks raise its user errors.
 
     A rank that fails alone leaves the others waiting for it.
     """
-    outcome: list[T | UserError | None] = [None]
+    outcome: T | UserError | None = None
     if dist.get_rank() == 0:
         try:
-            outcome = [function()]
+            outcome = function()
         except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+            outcome = error
+    outcome = everyone.broadcast(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome  # type: ignore[return-value]
 
 
-def assert_equal_on_all_ranks(what: str, value: str) -> None:
+def assert_equal_on_all_ranks(everyone: Tree, what: str, value: str) -> None:
     """Check that `value` is equal on all ranks: else a hang or a wrong model would follow later."""
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    different = [rank for rank, other in enumerate(values) if other != values[0]]
-    if different:
+    own: dict[str, tuple[int, ...]] = {value: (dist.get_rank(),)}
+    held = everyone.agree(own, _ranks_by_value)
+    first, *others = held.items()
+    if others:
+        different = sorted(rank for _, ranks in others for rank in ranks)
         raise user_error(
             what,
-            f"{values[0]} on rank 0, {values[different[0]]} on rank {different[0]}",
+            f"{first[0]} on rank {first[1][0]}, {others[0][0]} on rank {others[0][1][0]}",
             f"the {what} must be equal on every rank; ranks {different} differ from rank 0",
             "start every rank with the same command line and the same conf/",
         )
+
+
+def _ranks_by_value(
+    a: dict[str, tuple[int, ...]], b: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Add up which ranks hold which value: a few of each, for a message."""
+    return {value: (a.get(value, ()) + b.get(value, ()))[:RANKS_IN_MESSAGES] for value in a | b}
 
 
 def _choose_device(local_rank: int) -> torch.device:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from distllm.config.schema import Config
 from distllm.data.loader import StepShape
 from distllm.data.prepared import PreparedData
-from distllm.engine.create import create_engine
 from distllm.engine.engine import Engine
 from distllm.layout.groups import Groups
 from distllm.lineage.ledger import LedgerFile
-from distllm.model.build import build_model
 from distllm.model.parameters import flops_per_token
 from distllm.objectives import create_objective
 from distllm.runtime.activity import Activity
@@ -20,6 +18,7 @@ from distllm.runtime.devices import peak_flops
 from distllm.runtime.dist import Runtime
 from distllm.runtime.signals import StopRequest
 from distllm.trainer.batches import Batches
+from distllm.trainer.build import build_engine
 from distllm.trainer.checkpointing import Checkpoints
 from distllm.trainer.evaluate import Validation, create_validation
 from distllm.trainer.inject import Injector
@@ -79,8 +78,15 @@ def build_job(
     objective = create_objective(config)
     batches = Batches(data.training, shape, groups.samples.rank, objective, runtime.device, prefetch)
     validation = create_validation(config, prepared, data.validation)
-    built = build_model(config, prepared.vocab_size, groups, runtime.device, reporter.warn)
-    engine = create_engine(built.chunks, built.places, config, groups, objective)
+    engine = build_engine(
+        config,
+        prepared.vocab_size,
+        groups,
+        runtime.device,
+        objective,
+        reporter.warn,
+        draws=start.path is None,
+    )
     if start.path is not None:
         restore(engine, start.path)
     records = start.records | data.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
@@ -107,9 +107,8 @@ class StepProfiler:
 
         Ranks that went on to the next step without the others would seem to hang.
         """
-        everyone: list[RankProfile | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self._write_own())
-        self._tell([found for found in everyone if found])
+        own = self._write_own()
+        self._tell(self._job.runtime.everyone.agree([own] if own else [], operator.add))
 
     def _write_own(self) -> RankProfile | None:
         """Write this rank's trace; return its measurements, or None if the rank has traced nothing.

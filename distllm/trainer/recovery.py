@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
+import operator
 
 from distllm.checkpoint.manifest import read_manifest
 from distllm.checkpoint.retention import choose, list_checkpoints
@@ -63,7 +63,9 @@ class Recovery:
         self._num_rewinds += 1
         job.checkpoints.wait()
         folder = job.reporter.run.checkpoints_path
-        choice = choose(on_main_rank(lambda: list_checkpoints(folder)[::-1]), find_damage_together)
+        everyone = job.runtime.everyone
+        paths = on_main_rank(everyone, lambda: list_checkpoints(folder)[::-1])
+        choice = choose(paths, lambda path: find_damage_together(path, everyone))
         if choice.path is None:
             job.reporter.event(
                 "rewind", "there is no checkpoint yet: the samples are skipped", step=state.step
@@ -106,6 +108,5 @@ class Recovery:
 
     def _first_non_finite(self) -> list[tuple[int, str]]:
         """Return (rank, what was not finite first on it) for each rank where something was. Collective."""
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, self._job.engine.gradient_watch.first_non_finite())
-        return [(rank, what) for rank, what in enumerate(found) if what]
+        runtime, what = self._job.runtime, self._job.engine.gradient_watch.first_non_finite()
+        return runtime.everyone.agree([(runtime.rank, what)] if what else [], operator.add)

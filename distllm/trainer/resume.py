@@ -20,6 +20,7 @@ from distllm.config.schema import Config
 from distllm.data.prepared import PreparedData
 from distllm.data.record import what_changed
 from distllm.engine.engine import Engine
+from distllm.layout.tree import Tree
 from distllm.metrics.run_directory import RunDirectory
 from distllm.runtime.dist import on_main_rank
 from distllm.trainer.open_data import OpenedData, refuse_exhausted
@@ -51,17 +52,17 @@ class Start:
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def find_start(config: Config, prepared: PreparedData, data: OpenedData) -> Start:
+def find_start(config: Config, prepared: PreparedData, data: OpenedData, everyone: Tree) -> Start:
     """Find the start of the run in its run directory, before anything expensive is done.
 
     Collective: all ranks share the verification of the checkpoint.
     """
     run = RunDirectory(Path(config.run.dir), create=False)
-    paths = on_main_rank(lambda: candidates(run.checkpoints_path, config.checkpoint))
-    choice = choose(paths, find_damage_together)
+    paths = on_main_rank(everyone, lambda: candidates(run.checkpoints_path, config.checkpoint))
+    choice = choose(paths, lambda path: find_damage_together(path, everyone))
     if choice.path is None:
         refuse_exhausted(config, data.training, TrainState())
-        return on_main_rank(lambda: _start_without_checkpoint(config, run))
+        return on_main_rank(everyone, lambda: _start_without_checkpoint(config, run))
     path = choice.path
     manifest = read_manifest(path)
     refuse_other_job(config, prepared, data, manifest, path)
@@ -115,12 +116,9 @@ def refuse_other_model(manifest: Manifest, engine: Engine, path: Path) -> None:
         )
 
 
-def find_damage_together(path: Path) -> str | None:
+def find_damage_together(path: Path, everyone: Tree) -> str | None:
     """Run `find_damage` on all ranks, each reading its share of the files. Collective."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    found: list[str | None] = [None] * world_size
-    dist.all_gather_object(found, find_damage(path, share=(rank, world_size)))
-    return next(filter(None, found), None)
+    return everyone.first(find_damage(path, share=(dist.get_rank(), dist.get_world_size())))
 
 
 def _start_without_checkpoint(config: Config, run: RunDirectory) -> Start:

@@ -35,7 +35,7 @@ def run(config: Config, request: Request) -> int:
     groups = create_groups(Grid(), runtime.timeout)
     try:
         vocab_size = manifest.details["tokenizer"]["vocab_size"]
-        built = build_model(config, vocab_size, groups, runtime.device)
+        built = build_model(config, vocab_size, groups, runtime.device, draws=False)
         read_tensors(path, _weight_fragments(built.places))
         tokens = sample_tokens(
             lambda window: all_logits(built.chunks, window, groups, vocab_size),
@@ -50,7 +50,7 @@ def run(config: Config, request: Request) -> int:
         )
     finally:
         destroy_groups()
-        dist.stop(succeeded=True)
+        dist.stop(runtime, succeeded=True)
     print(config.generate.prompt + tokenizer.decode(tokens))
     return 0
 

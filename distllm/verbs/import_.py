@@ -28,6 +28,7 @@ from distllm.huggingface.config import dropouts, from_their_config
 from distllm.huggingface.counterpart import Counterpart, counterparts
 from distllm.huggingface.read import Stored, find_tensors, match_tensors, read_json
 from distllm.layout.grid import Grid
+from distllm.layout.save_groups import SaveGroups
 from distllm.metrics.format import count
 from distllm.metrics.run_directory import RunDirectory, utc_now
 from distllm.metrics.run_lock import RunLock
@@ -103,7 +104,7 @@ def _write(
 ) -> None:
     """Write the checkpoint; the whole model is in files that stand for memory, not in memory."""
     assert config.tokenizer.path is not None, "the tokenizer is the folder's"
-    dist.start(timedelta(seconds=config.fault.hang_seconds))
+    runtime = dist.start(timedelta(seconds=config.fault.hang_seconds))
     succeeded = False
     try:
         with tempfile.TemporaryDirectory(prefix="import-", dir=config.run.dir) as scratch:
@@ -119,10 +120,11 @@ def _write(
                 scalars={},
                 details=_details(config, vocab_size),
                 attachments=tokenizer_files(Path(config.tokenizer.path)),
+                groups=SaveGroups(runtime.everyone, runtime.everyone),
             )
         succeeded = True
     finally:
-        dist.stop(succeeded)
+        dist.stop(runtime, succeeded)
 
 
 def _on_disk(tensor: Tensor, file: Path) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from datetime import timedelta
 from pathlib import Path
-
-import torch
 
 from distllm.config.compose import Request, config_hash, to_yaml
 from distllm.config.schema import Config
@@ -46,18 +45,18 @@ def run(config: Config, request: Request) -> int:
     succeeded, exit_code = False, 0
     lock, stop_request = _RunLock(Path(config.run.dir)), StopRequest()
     try:
-        dist.assert_equal_on_all_ranks("config", config_hash(config))
-        dist.on_main_rank(lock.take_if_there)
-        start = find_start(config, prepared, data)
+        dist.assert_equal_on_all_ranks(runtime.everyone, "config", config_hash(config))
+        dist.on_main_rank(runtime.everyone, lock.take_if_there)
+        start = find_start(config, prepared, data, runtime.everyone)
         if start.finished:
             _say_finished(config, start, runtime)
         else:
-            dist.on_main_rank(lock.take)
+            dist.on_main_rank(runtime.everyone, lock.take)
             exit_code = _train(config, runtime, prepared, data, start, stop_request)
         succeeded = True
     finally:
         lock.release()
-        dist.stop(succeeded)
+        dist.stop(runtime, succeeded)
         stop_request.close()
     return exit_code
 
@@ -134,10 +133,9 @@ def _say_preempted(step: int, job: Job) -> int:
 
     torchrun restarts whatever ends with another code than 0: under its agent only `status.json` tells.
     """
-    signals: list[str | None] = [None] * job.runtime.world_size
-    torch.distributed.all_gather_object(signals, job.stop_request.reason)
-    asked = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(signals) if name)
-    reason = f"asked to stop by {asked}"
+    name = job.stop_request.reason
+    own = [f"{name} on rank {job.runtime.rank}"] if name else []
+    reason = f"asked to stop by {', '.join(job.runtime.everyone.agree(own, operator.add))}"
     job.reporter.status("preempted", reason, step=step)
     job.reporter.event("stop", reason, step=step, state="preempted")
     job.reporter.say(

@@ -19,19 +19,17 @@ def world() -> Any:
 
     runtime = dist.start(timedelta(seconds=60))
     yield runtime
-    dist.stop(succeeded=True)
+    dist.stop(runtime, succeeded=True)
 
 
 def build(config: Any, device: torch.device) -> Any:
-    from distllm.engine.create import create_engine
     from distllm.layout.grid import Grid
     from distllm.layout.groups import create_groups
-    from distllm.model.build import build_model
     from distllm.objectives import create_objective
+    from distllm.trainer.build import build_engine
 
     groups = create_groups(Grid(), timedelta(seconds=60), 1)
-    built = build_model(config, jobs.VOCAB_SIZE, groups, device)
-    return create_engine(built.chunks, built.places, config, groups, create_objective(config))
+    return build_engine(config, jobs.VOCAB_SIZE, groups, device, create_objective(config))
 
 
 def on_device(step: int, config: Any, groups: Any, device: torch.device) -> Any:

@@ -49,7 +49,6 @@ def config_of(shape: str, world_size: int, variant: tuple[str, ...]) -> Config:
 
 def compare(rank: int, world_size: int) -> None:
     """On the meta device: 405 billion parameters are only described."""
-    build.initialize_weights = lambda *_: None  # nothing can be drawn there
     for shape, variant in CASES if world_size == 1 else CASES_OF_RANKS:
         config = config_of(shape, world_size, variant)
         grid = Grid.of(config.parallel, world_size)

@@ -12,19 +12,20 @@ import torch.distributed
 from harness import RanksFailedError, run_ranks
 
 from distllm.config.problems import UserError, user_error
+from distllm.layout.tree import WORLD
 from distllm.runtime import dist
 
 
 def ask_main_rank(rank: int) -> tuple[int, str]:
     """A result and a refusal; each is made on rank 0 only."""
-    result = dist.on_main_rank(lambda: 40 + torch.distributed.get_rank())
+    result = dist.on_main_rank(WORLD, lambda: 40 + torch.distributed.get_rank())
 
     def refuse() -> None:
         assert torch.distributed.get_rank() == 0
         raise user_error("run.dir", "x", "must be y", "run.dir=y")
 
     try:
-        dist.on_main_rank(refuse)
+        dist.on_main_rank(WORLD, refuse)
     except UserError as error:
         return result, str(error)
     return result, "nothing was raised"
@@ -37,9 +38,9 @@ def test_what_the_main_rank_finds_or_refuses_holds_on_all() -> None:
 
 
 def compare(rank: int) -> str:
-    dist.assert_equal_on_all_ranks("config", "same")
+    dist.assert_equal_on_all_ranks(WORLD, "config", "same")
     try:
-        dist.assert_equal_on_all_ranks("config", "odd" if rank == 2 else "same")
+        dist.assert_equal_on_all_ranks(WORLD, "config", "odd" if rank == 2 else "same")
     except UserError as error:
         return str(error)
     return "nothing was raised"

@@ -35,7 +35,13 @@ MAY_IMPORT = {
     "__main__": {"config", "runtime", "plan", "verbs"},
 }
 ONLY_IN = {
-    "megatron": ("model/", "layout/groups.py", "engine/pipeline.py", "runtime/cpu.py"),
+    "megatron": (
+        "model/",
+        "layout/groups.py",
+        "layout/megatron_state.py",
+        "engine/pipeline.py",
+        "runtime/cpu.py",
+    ),
     "deepspeed": ("engine/", "runtime/quiet.py"),
     "hydra": ("config/compose.py",),
     "omegaconf": ("config/compose.py",),
