@@ -146,10 +146,11 @@ _TABLE = (
         "distllm.verbs.bench",
         # Each is a module of distllm/bench.
         actions=("train", "layouts", "recompute", "checkpoint", "data", "startup"),
+        bare_arguments=("world_size",),
         rules=rules.JOB_RULES,
         # Of its actions only `data` reads documents, and itself reports missing ones.
         environment_rules=(rules.tokenizer_found, rules.bench_folder),
-        usage=("ACTION [overrides]",),
+        usage=("ACTION [overrides]", "startup world_size=N [overrides]"),
     ),
 )
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _TABLE}

@@ -1,7 +1,7 @@
 """Small objects of many ranks, combined and handed out through a tree of small groups.
 
 A group of all ranks would connect each with all others: at 16,384 ranks more sockets than a process may open,
-and as many operations on the rendezvous store. In a tree with 32 branches a rank has at most three groups.
+and as many operations on the rendezvous store. In a tree with 12 branches a rank has at most four groups.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from distllm.layout.local_group import new_local_group
 
 T = TypeVar("T")
-BRANCHES = 32
+BRANCHES = 12
 
 
 @dataclass(frozen=True)

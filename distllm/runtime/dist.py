@@ -68,6 +68,8 @@ def start(timeout: timedelta, tensor_parallel: int = 1) -> Runtime:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # for the watchdog's report on NCCL
+        # gloo then only carries small objects through trees: connect what talks, not each with all others.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # Without `device_id`: with it every group that is made later splits the communicator of all ranks, which
     # takes all of them (torch 2.13, distributed_c10d.py), and messages between stages wait for other work of
     # their group.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from distllm.bench.report import to_json
+from distllm.bench.report import Report, to_json
 from distllm.config.compose import Request
+from distllm.config.problems import user_error
 from distllm.config.schema import Config
 from distllm.runtime import dist
 from distllm.verbs.check import vocabulary_size
@@ -19,10 +20,13 @@ def run(config: Config, request: Request) -> int:
     """Every module has `run(config, vocab_size) -> Report`; rank 0 prints it and writes `bench.json`."""
     assert request.action, "a verb with actions has one"
     module = importlib.import_module(f"distllm.bench.{request.action}")
-    arguments = {}
-    if request.action in COMPOSES_ITSELF:
-        arguments["overrides"] = (*request.config_flags, *request.overrides)
-    report = module.run(config, vocabulary_size(config.tokenizer), **arguments)
+    vocab_size = vocabulary_size(config.tokenizer)
+    if "world_size" in request.arguments:
+        report = _played(config, request, vocab_size)
+    elif request.action in COMPOSES_ITSELF:
+        report = module.run(config, vocab_size, overrides=(*request.config_flags, *request.overrides))
+    else:
+        report = module.run(config, vocab_size)
     if dist.is_main():
         print(report.table, flush=True)
         if config.bench.json:
@@ -30,3 +34,14 @@ def run(config: Config, request: Request) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(to_json(request.action, config, report) + "\n")
     return 0
+
+
+def _played(config: Config, request: Request, vocab_size: int) -> Report:
+    """Play ranks of a job as large as `world_size` says, which only `startup` can."""
+    if request.action != "startup":
+        rule = "only `distllm bench startup` plays ranks that are not there"
+        fix = f"start the ranks: torchrun --nproc-per-node N -m distllm bench {request.action} ..."
+        raise user_error("world_size", request.world_size, rule, fix)
+    from distllm.bench.fake_world import run
+
+    return run(config, vocab_size, request.world_size)

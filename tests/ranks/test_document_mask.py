@@ -77,7 +77,7 @@ def perturb(engine: Engine) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in engine.places:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 class Alone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 from datetime import timedelta
 from unittest import mock
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RanksFailedError, run_ranks
+from torch.distributed import distributed_c10d
 
+from distllm.bench.counting_store import CountingStore
+from distllm.bench.fake_world import GRID, TREES, Group, store_operations
 from distllm.layout import local_group
 from distllm.layout.grid import Grid
 from distllm.layout.local_group import new_local_group
@@ -40,6 +44,33 @@ def test_a_tree_combines_in_order_and_hands_out_what_its_root_has() -> None:
     assert [gathered for _, gathered, *_ in results] == [[0, 1, 2, 3, 4], None, None, None, None]
     assert all(everywhere == [0, 1, 2, 3, 4] for _, _, everywhere, _, _ in results)
     assert all(told == "from 0" and first == 3 for *_, told, first in results)
+
+
+def operations(rank: int) -> int:
+    """On the store, for a group of a tree that has exchanged objects."""
+    count = 0
+
+    def counted() -> None:
+        nonlocal count
+        count += 1
+
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as on GPUs, where gloo carries objects only
+    store = CountingStore(distributed_c10d._get_default_store(), counted)
+    with mock.patch.object(distributed_c10d, "_get_default_store", return_value=store):
+        assert dist.group.WORLD is not None
+        distributed_c10d._world.pg_map[dist.group.WORLD] = ("gloo", store)
+        tree = Tree.create(range(6), TIMEOUT)
+        tree.agree([rank], operator.add)
+        tree.meet()
+    del os.environ["TORCH_GLOO_LAZY_INIT"]
+    return count
+
+
+def test_a_rank_connects_only_to_those_it_exchanges_with() -> None:
+    """As `distllm bench startup world_size=N` reckons."""
+    found = run_ranks(6, operations)
+    expected = [store_operations({TREES: [Group(6, rank == 0)], GRID: []}) for rank in range(6)]
+    assert all(0 < one <= most for one, most in zip(found, expected, strict=True)), found
 
 
 def save_groups(rank: int) -> tuple[list[int], list[int] | None]:
