@@ -20,7 +20,7 @@ from distllm.plan.rank_view import RankView
 
 GIB = 2**30
 MOST_NAMED = 3  # kinds of memory in a refusal
-MOST_DOUBLINGS = 8  # of the number of ranks, until a job fits
+MOST_DOUBLINGS = 6  # of the number of ranks, until a job fits
 
 
 @dataclass(frozen=True)
