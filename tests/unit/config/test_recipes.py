@@ -8,7 +8,7 @@ import pytest
 
 from distllm.config.cluster_schema import Cluster
 from distllm.config.compose import load, parse
-from distllm.config.problems import UserError
+from distllm.config.problems import Problem, UserError
 from distllm.data.tokenizer_training import byte_tokenizer
 from distllm.layout.grid import Grid
 from distllm.plan.memory import estimate_memory
@@ -54,16 +54,24 @@ def test_a_finished_tokenizer_takes_the_place_of_the_recipe_s(tmp_path: Path) ->
     assert vocabulary_size(config.tokenizer) == 257
 
 
+def problems_of(*overrides: str) -> list[Problem]:
+    try:
+        load(parse("config", overrides))
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_configuration_of_a_group_composes(choice: str) -> None:
-    """But for what only the user knows: where data is."""
-    if choice in ("data=stdlib", *(c for c in GROUPS if not c.startswith("data="))):
-        load(parse("config", [choice]))
-        return
-    with pytest.raises(UserError) as caught:
-        load(parse("config", [choice]))
-    problems = caught.value.problems
+    """But for what only the user knows, such as where the data is."""
+    problems = problems_of(choice)
     assert [p.rule for p in problems] == [f"{p.setting} is required" for p in problems]
+    assert not problems or choice.startswith(("data=", "tokenizer="))
+
+
+def test_a_configuration_that_does_not_compose_is_seen() -> None:
+    assert [p.setting for p in problems_of("cluster=h100")] == ["cluster"]
 
 
 def test_every_device_is_there_and_none_is_the_default() -> None:
