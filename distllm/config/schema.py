@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from distllm.config.cluster_schema import Cluster
 from distllm.config.data_schema import (
     STRICT,
     Data,
@@ -359,3 +360,4 @@ class Config:
     select: Select
     bench: Bench
     objective: Objective = field(default_factory=Objective)
+    cluster: Cluster = field(default_factory=Cluster)

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from distllm.config import rules
 from distllm.config.data_schema import Source
 from distllm.config.problems import Problem, UserError
+from distllm.config.registry import imported
 from distllm.config.schema import Config
 from distllm.config.verbs import Verb
 
@@ -49,6 +50,9 @@ def job(
     problems += rules.check(known, world_size, verb.rules)
     problems += rules.check_environment(known, verb.environment_rules)
     problems += rules.check_versions()
+    if config and not problems:
+        for rule in verb.late_rules:
+            problems += imported(rule)(config, world_size)
     if problems:
         raise UserError(problems, config)
     assert config is not None, "a config without a problem was not built"

@@ -25,6 +25,8 @@ class Verb:
     bare_arguments: arguments of one call that are not settings of the job; NAME=VALUE like an override.
     rules, environment_rules: those that its config must keep. Each verb checks the sections that it uses:
         `generate` and `export` take the model from a checkpoint.
+    late_rules: further rules, `module:function`, for a config that keeps all others; what they import may be
+        above `config`.
     no_sweep: why `-m` is not allowed; None where every job of a sweep is a call of the verb.
     usage: what may follow its name, for the help; ACTION stands for all actions.
     on_refusal: `module:function`, called with the `UserError` that rejects the config and the request;
@@ -39,6 +41,7 @@ class Verb:
     bare_arguments: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     environment_rules: tuple[Rule, ...] = ()
+    late_rules: tuple[str, ...] = ()
     no_sweep: str | None = None
     usage: tuple[str, ...] = ()
     on_refusal: str = "distllm.plan.replan:replanned"
@@ -64,6 +67,7 @@ _TABLE = (
             rules.run_directory,
             rules.wandb_installed,
         ),
+        late_rules=("distllm.verbs.check:fits_the_device_when_started",),
     ),
     Verb(
         "check",
@@ -72,6 +76,7 @@ _TABLE = (
         bare_arguments=("world_size",),
         rules=rules.JOB_RULES,
         environment_rules=(rules.tokenizer_found,),  # reads only this, for the size of the vocabulary
+        late_rules=("distllm.verbs.check:fits_the_device",),
         no_sweep="looks at one job at a time",
         on_refusal="distllm.verbs.check:refuse",
     ),

@@ -27,7 +27,7 @@ def gathered_parameters(
     of the module that uses it. Parameters up to `zero.persistence_threshold` are gathered once, after the
     update.
     """
-    uses = list(_uses(view, num_microbatches))
+    uses = list(module_uses(view, num_microbatches))
     sizes = {name: math.prod(shape) for name, shape in view.held.shapes.items()}
     threshold = view.config.zero.persistence_threshold
     before = [0, *accumulate(sum(sizes[name] for name in use) for use, _ in uses)]
@@ -67,7 +67,7 @@ def passes(
             yield num_chunks - 1 - order[position - warm_up], False
 
 
-def _uses(view: RankView, num_microbatches: int) -> Iterator[tuple[Use, bool]]:
+def module_uses(view: RankView, num_microbatches: int) -> Iterator[tuple[Use, bool]]:
     """Yield modules in the order in which they run, and whether the use always releases its parameters."""
     num_chunks = len(view.stage.chunks)
     forward, backward = {}, {}

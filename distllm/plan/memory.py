@@ -1,15 +1,15 @@
 """Memory of one rank, from shapes alone. Pure.
 
 Model states after Rajbhandari et al. 2020 (arXiv:1910.02054, section 3.1), partitioned and padded as
-DeepSpeed 0.19.8 does, with the further gradients that it keeps (plan/gradients.py). Communication buffers (a
-few times `zero.bucket_size` elements), layers that ZeRO-3 gathers, fragmentation and the libraries themselves
-are not counted. tests/bench/memory.py measures all but the activations.
+DeepSpeed 0.19.8 does, with the further gradients that it keeps (plan/gradients.py). tests/bench/memory.py
+measures all but the activations. What else occupies a device (plan/occupied.py) is counted where
+`cluster.device` names one.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from distllm.config.schema import Config
 from distllm.layout.grid import Grid
@@ -22,8 +22,10 @@ from distllm.plan.activations import (
 )
 from distllm.plan.gradients import BYTES, backward_gradients, host_bytes, update_gradients
 from distllm.plan.held import Held
+from distllm.plan.occupied import Occupied, copies_at_update, occupied
 from distllm.plan.partition import partition_numel
 from distllm.plan.rank_view import RankView, rank_views
+from distllm.plan.startup import start_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class RankMemory:
         it.
     host: optimizer states, their gradients and staging buffers, in host memory where `zero.offload_optimizer`
         puts them; they are then not on the device.
+    occupied: what else occupies the device; None where no device is named.
     """
 
     weights: int
@@ -47,11 +50,20 @@ class RankMemory:
     loss: int
     update_copies: int = 0
     host: int = 0
+    occupied: Occupied | None = None
+
+    @property
+    def on_device(self) -> dict[str, int]:
+        """Return bytes on the device by kind."""
+        kinds = asdict(self)
+        kinds.pop("host")
+        kinds |= kinds.pop("occupied") or {}
+        return {kind.replace("_", " "): size for kind, size in kinds.items()}
 
     @property
     def total(self) -> int:
         """Return the total on the device."""
-        return sum(asdict(self).values()) - self.host
+        return sum(self.on_device.values())
 
 
 def rank_memory(view: RankView) -> RankMemory:
@@ -64,14 +76,21 @@ def rank_memory(view: RankView) -> RankMemory:
     gradients = backward_gradients(config, held, dp_size)
     activations = _activations(view)
     loss = _loss(view) if view.stage.is_last else 0
-    above = update_gradients(config, held, dp_size) - (gradients + activations + loss)
-    return RankMemory(weights, gradients, optimizer_states, activations, loss, max(0, above), host)
+    beside = occupied(view) if config.cluster.device else None
+    in_backward = gradients + activations + loss + (beside.in_backward if beside else 0)
+    in_update = update_gradients(config, held, dp_size) + (copies_at_update(view) if beside else 0)
+    above = max(0, in_update - in_backward)
+    memory = RankMemory(weights, gradients, optimizer_states, activations, loss, above, host, beside)
+    if beside is None:
+        return memory
+    start = beside.always + start_bytes(config, held, dp_size, weights, optimizer_states)
+    return replace(memory, occupied=replace(beside, start_up=max(0, start - memory.total)))
 
 
 def estimate_memory(config: Config, vocab_size: int, grid: Grid) -> dict[str, int]:
     """Return bytes on the device by kind, on the rank that needs most."""
     fullest = max(map(rank_memory, rank_views(config, vocab_size, grid)), key=lambda memory: memory.total)
-    return {kind.replace("_", " "): size for kind, size in asdict(fullest).items() if kind != "host"}
+    return fullest.on_device
 
 
 def model_states(config: Config, held: Held, dp_size: int) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from distllm.config import rules
 from distllm.config.compose import Request
 from distllm.config.problems import UserError
+from distllm.config.registry import imported
 from distllm.config.schema import Config
 from distllm.plan.nearest import nearest_layouts
 
@@ -27,6 +28,10 @@ def replanned(error: UserError, request: Request) -> Config:
         if rules.check(proposal.config, world_size, verb.rules):
             continue
         if rules.check_environment(proposal.config, verb.environment_rules):
+            continue
+        if any(
+            problem for rule in verb.late_rules for problem in imported(rule)(proposal.config, world_size)
+        ):
             continue
         reasons = "; ".join(f"{p.setting}={p.value} {p.rule}" for p in error.problems)
         told = f"{world_size} ranks: {', '.join(proposal.overrides)}, since {reasons}"

@@ -95,10 +95,10 @@ def _reduced_gradients(view: RankView) -> Iterator[Part]:
     zero, element = config.zero, BYTES[config.train.gradient_accumulation]
     sizes = {name: math.prod(shape) for name, shape in held.shapes.items()}
     if is_bf16_optimizer(config):
-        calls = len(list(_joined(sizes.values(), BF16_OPTIMIZER_BUCKET)))
+        calls = len(list(messages_of(sizes.values(), BF16_OPTIMIZER_BUCKET)))
         yield REDUCE, Amount(calls, held.numel * element)
         return
-    slices = _slices(held, view.dp_size)
+    slices = slices_of(held, view.dp_size)
     if zero.stage == 1:
         in_order = list(sizes) if not zero.overlap_comm else backward_order(view)
         if not zero.overlap_comm:  # `reduce_gradients`: group by group
@@ -109,8 +109,8 @@ def _reduced_gradients(view: RankView) -> Iterator[Part]:
         times = view.num_microbatches
     for names in passes:
         calls = sum(
-            len(list(_joined(slices[bucket[0]], zero.bucket_size))) if len(bucket) == 1 else 1
-            for bucket in _buckets(names, sizes, zero.bucket_size)
+            len(list(messages_of(slices[bucket[0]], zero.bucket_size))) if len(bucket) == 1 else 1
+            for bucket in buckets_of(names, sizes, zero.bucket_size)
         )
         yield REDUCE, Amount(calls, sum(sizes[name] for name in names) * element) * times
 
@@ -119,7 +119,7 @@ def _scattered(view: RankView) -> tuple[int, int]:
     """Return calls and elements of stage 3's reduce-scatters of a microbatch: `reduce_scatter_coalesced`."""
     sizes = {name: math.prod(shape) for name, shape in view.held.shapes.items()}
     calls = sum(
-        len(list(_buckets(backward_order(view, chunk), sizes, view.config.zero.bucket_size)))
+        len(list(buckets_of(backward_order(view, chunk), sizes, view.config.zero.bucket_size)))
         for chunk in range(len(view.stage.chunks))
     )
     return calls, sum(_padded(numel, view.dp_size) for numel in sizes.values())
@@ -148,7 +148,7 @@ def _modules_on_the_way_back(view: RankView, chunk: int, is_first: bool, is_last
         yield from (module for module in view.modules if module.startswith("embedding."))
 
 
-def _buckets(names: Sequence[str], sizes: Mapping[str, int], bucket_size: int) -> Iterator[list[str]]:
+def buckets_of(names: Sequence[str], sizes: Mapping[str, int], bucket_size: int) -> Iterator[list[str]]:
     """Yield the buckets of `reduce_independent_p_g_buckets_and_remove_grads`.
 
     A bucket is sent before it would grow too large.
@@ -166,7 +166,7 @@ def _buckets(names: Sequence[str], sizes: Mapping[str, int], bucket_size: int) -
         yield bucket
 
 
-def _joined(sizes: Iterable[int], most: int) -> Iterator[int]:
+def messages_of(sizes: Iterable[int], most: int) -> Iterator[int]:
     """Yield the messages of `allreduce_no_retain` and `allreduce_and_scatter`, sent when above `most`."""
     elements = 0
     for size in sizes:
@@ -178,7 +178,7 @@ def _joined(sizes: Iterable[int], most: int) -> Iterator[int]:
         yield elements
 
 
-def _slices(held: Held, dp_size: int) -> dict[str, list[int]]:
+def slices_of(held: Held, dp_size: int) -> dict[str, list[int]]:
     """Return the elements of each parameter by owning data-parallel rank (stages 1 and 2), rank by rank."""
     slices: dict[str, list[int]] = {}
     parts, offsets = group_partitions(held, 1, dp_size), [0] * held.num_groups

@@ -30,7 +30,7 @@ from distllm.trainer.state import TrainState
 ORDER_SETTINGS = ("train.seed", "model.seq_length", "sequences.packing")
 FREE_MODEL_SETTINGS = ("model.name", "model.init_std")
 # How the run is monitored and stored: a change of these is not reported at a resume.
-UNTOLD = ("run", "logging", "generate", "select", "bench", "export", "import", "fault.replanned")
+UNTOLD = ("run", "logging", "generate", "select", "bench", "export", "import", "cluster", "fault.replanned")
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ Neither torch nor a GPU nor the data is needed; the rules are those of `train`.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NoReturn
 
 from distllm.config.compose import Request
 from distllm.config.layout_rules import num_microbatches
-from distllm.config.problems import UserError
+from distllm.config.problems import Problem, UserError
 from distllm.config.rules import NUM_BYTES
 from distllm.config.schema import Config, Tokenizer
 from distllm.config.stages import pipeline_stages
@@ -24,11 +24,15 @@ from distllm.model.parameters import count_parameters
 from distllm.plan.activations import microbatches_in_flight
 from distllm.plan.bubble import bubble_of_ideal_time, bubble_of_step
 from distllm.plan.communication import busiest_stage, rank_traffic
+from distllm.plan.fit import DeviceLimit, limit_of, misfit
 from distllm.plan.memory import estimate_memory, rank_memory
 from distllm.plan.nearest import Proposal, nearest_layouts
 from distllm.plan.rank_view import RankView
 
 NOT_COUNTED = "without communication buffers, layers that ZeRO-3 gathers, fragmentation and libraries"
+# Of these context and communicators are estimates (plan/libraries.py).
+NOT_COUNTED_ON_A_DEVICE = "context and communicators estimated, without temporary tensors and fragmentation"
+GIB = 2**30
 
 
 def run(config: Config, request: Request) -> int:
@@ -41,6 +45,22 @@ def refuse(refusal: UserError, request: Request) -> NoReturn:
     """Raise it again with the nearest legal layouts."""
     advice = _advice(refusal.config, request.world_size) if refusal.config else ""
     raise UserError(refusal.problems, advice=advice) from None
+
+
+def fits_the_device(config: Config, world_size: int) -> Iterator[Problem]:
+    """Compare a legal job with the device of its cluster: the rule of `check`."""
+    yield from _misfits(config, world_size, "world_size={}")
+
+
+def fits_the_device_when_started(config: Config, world_size: int) -> Iterator[Problem]:
+    """Compare a legal job with the device of its cluster: the rule of `train`."""
+    yield from _misfits(config, world_size, "on {} processes")
+
+
+def _misfits(config: Config, world_size: int, more_ranks: str) -> Iterator[Problem]:
+    if config.cluster.memory_bytes is not None:
+        problem = misfit(config, vocabulary_size(config.tokenizer), world_size, more_ranks)
+        yield from [problem] if problem else []
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -126,16 +146,27 @@ def _memory(config: Config, vocab_size: int, grid: Grid, microbatches: int) -> s
         memory = rank_memory(RankView(config, vocab_size, grid, stage))
         in_flight = microbatches_in_flight(config, stage, microbatches)
         rows[""].append(f"stage {stage}")
-        for kind, size in asdict(memory).items():
-            if kind != "host":
-                rows.setdefault(kind.replace("_", " "), []).append(bytes_(size))
+        for kind, size in memory.on_device.items():
+            rows.setdefault(kind, []).append(bytes_(size))
         rows.setdefault("total on the device", []).append(bytes_(memory.total))
         if memory.host:
             rows.setdefault("in host memory", []).append(bytes_(memory.host))
         rows.setdefault("microbatches in flight", []).append(f"{in_flight:g}")
     width = max(len(cell) for cells in rows.values() for cell in cells)
     lines = {name: "  ".join(cell.rjust(width) for cell in cells) for name, cells in rows.items()}
-    return f"per rank, {NOT_COUNTED}\n{table(lines)}"
+    heading = f"per rank, {NOT_COUNTED}"
+    if config.cluster.device:
+        heading = f"per rank on {config.cluster.device}, {NOT_COUNTED_ON_A_DEVICE}"
+    return "\n".join([heading, table(lines), *_fits(config, vocab_size, grid)])
+
+
+def _fits(config: Config, vocab_size: int, grid: Grid) -> list[str]:
+    """A line on the room that a legal job leaves on the device."""
+    size = config.cluster.memory_bytes
+    if size is None:
+        return []
+    needed = sum(estimate_memory(config, vocab_size, grid).values())
+    return [f"fits: {needed / GIB:.1f} of {size / GIB:.1f} GiB on the fullest rank"]
 
 
 def _sent(config: Config, vocab_size: int, grid: Grid) -> str:
@@ -162,11 +193,21 @@ def _sent(config: Config, vocab_size: int, grid: Grid) -> str:
 def _advice(config: Config, world_size: int) -> str:
     """The nearest legal layouts, each as it is typed; nothing where the layout is not what is refused."""
     lines = []
-    for i, proposal in enumerate(nearest_layouts(config, world_size), 1):
+    limit = _limit(config)
+    for i, proposal in enumerate(nearest_layouts(config, world_size, limit=limit), 1):
         lines.append(f"  {i}. {' '.join(proposal.overrides)}")
         lines.append(f"     distance {proposal.distance:.1f}{_need(proposal, world_size)}")
-    heading = "nearest legal layouts (distance: doublings and halvings, and 0.5 for each changed setting):"
+    that_fit = " that fit" if limit else ""
+    how = "distance: doublings and halvings, and 0.5 for each changed setting"
+    heading = f"nearest legal layouts{that_fit} ({how}):"
     return "\n".join([heading, *lines]) if lines else ""
+
+
+def _limit(config: Config) -> DeviceLimit | None:
+    try:
+        return limit_of(config, vocabulary_size(config.tokenizer))
+    except UserError:  # one of the problems already
+        return None
 
 
 def _need(proposal: Proposal, world_size: int) -> str:

@@ -135,3 +135,39 @@ def test_a_sweep_is_no_job(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert "one job at a time" in result.stderr
     assert os.listdir(tmp_path) == []
+
+
+LLAMA_8B = ["model=llama3_8b", *LARGE, "train.global_batch_size=1024"]
+H100 = "cluster=h100_80gb"
+
+
+def test_a_job_that_fits_its_device_is_told_how_much_is_left(tmp_path: Path) -> None:
+    job = ["check", *LLAMA_8B, "parallel.tensor=2", "parallel.sequence=true", "world_size=64"]
+    plain, compared = distllm(tmp_path, *job), distllm(tmp_path, *job, H100)
+    assert (plain.returncode, compared.returncode) == (0, 0)
+    assert "fits:" not in plain.stdout
+    assert "communicators" not in plain.stdout
+    assert re.search(r"^ +fits: [\d.]+ of 79\.1 GiB on the fullest rank$", compared.stdout, re.MULTILINE)
+    assert re.search(r"^ +communicators +[\d.]+ GiB$", compared.stdout, re.MULTILINE)
+    assert "estimated" in compared.stdout
+    outside = [text.partition("\nmemory ")[0] for text in (plain.stdout, compared.stdout)]
+    assert outside[0] == outside[1]
+
+
+def test_a_job_that_does_not_fit_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    job = [*LLAMA_8B, H100]
+    result = distllm(tmp_path, "check", *job, "world_size=64")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "  1. cluster.memory_gib=79.1\n    rule: must be at least the " in result.stderr
+    assert "nearest legal layouts that fit" in result.stderr
+    (fix,) = re.findall(r"^    fix:  (.*)$", result.stderr, re.MULTILINE)
+    again = distllm(tmp_path, "check", *job, *fix.split(), "world_size=64")
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_train_refuses_before_it_starts(tmp_path: Path) -> None:
+    result = distllm(tmp_path, "train", *LLAMA_8B, H100, "data=stdlib")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "cluster.memory_gib=79.1\n    rule: must be at least the " in result.stderr
+    assert re.search(r"^    fix:  .* on \d+ processes$", result.stderr, re.MULTILINE)
+    assert os.listdir(tmp_path) == []

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from distllm.config.cluster_schema import Cluster
 from distllm.config.compose import load, parse
+from distllm.config.problems import Problem, UserError
 from distllm.data.tokenizer_training import byte_tokenizer
 from distllm.layout.grid import Grid
 from distllm.plan.memory import estimate_memory
 from distllm.verbs.check import report, vocabulary_size
 
 RECIPES = sorted(file.stem for file in Path(__file__).parents[3].glob("conf/experiment/*.yaml"))
+GROUPS = sorted(
+    f"{file.parent.name}={file.stem}"
+    for file in Path(__file__).parents[3].glob("conf/*/*.yaml")
+    if file.parent.name != "experiment"
+)
+DEVICES = {"a100_40gb": 40e9, "a100_80gb": 80e9, "b200": 192e9, "h100_80gb": 80e9, "h200_141gb": 141e9}
 GIB = 2**30
 
 
@@ -44,3 +52,47 @@ def test_a_finished_tokenizer_takes_the_place_of_the_recipe_s(tmp_path: Path) ->
     own = ["tokenizer=huggingface", f"tokenizer.path={tmp_path}", "tokenizer.vocab_size=null"]
     config = load(parse("check", ["+experiment=llama3_8b_64gpus", "world_size=64", *own]))
     assert vocabulary_size(config.tokenizer) == 257
+
+
+def problems_of(*overrides: str) -> list[Problem]:
+    try:
+        load(parse("config", overrides))
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_configuration_of_a_group_composes(choice: str) -> None:
+    """But for what only the user knows, such as where the data is."""
+    problems = problems_of(choice)
+    assert [p.rule for p in problems] == [f"{p.setting} is required" for p in problems]
+    assert not problems or choice.startswith(("data=", "tokenizer="))
+
+
+def test_a_configuration_that_does_not_compose_is_seen() -> None:
+    assert [p.setting for p in problems_of("cluster=h100")] == ["cluster"]
+
+
+def test_every_device_is_there_and_none_is_the_default() -> None:
+    assert {choice for choice in GROUPS if choice.startswith("cluster=")} == {
+        f"cluster={name}" for name in (*DEVICES, "cpu", "none")
+    }
+    assert load(parse("config", [])).cluster == Cluster()
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_has_its_name_and_less_memory_than_is_sold(name: str) -> None:
+    """A driver keeps some of it: 2 to 8%, since the 80 GB of an H100 are 80 GiB."""
+    cluster = load(parse("config", [f"cluster={name}"])).cluster
+    assert cluster.device == name
+    assert cluster.memory_bytes
+    assert 0.95 * DEVICES[name] < cluster.memory_bytes < 1.074 * DEVICES[name]
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if "gpus" in recipe or recipe.startswith("bench")]
+)
+def test_gpu_recipes_fit_a_device_of_80_gb(recipe: str) -> None:
+    world_size = 64 if "64gpus" in recipe else 1
+    load(parse("check", [f"+experiment={recipe}", f"world_size={world_size}", "cluster=h100_80gb"]))
