@@ -150,7 +150,7 @@ def test_a_killed_node_costs_a_layout_until_it_comes_back(folder: Path) -> None:
     assert "must be a multiple of parallel.tensor x parallel.pipeline = 4" in replanned["reason"]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_stopped_rank_costs_a_restart(folder: Path) -> None:
     """torchrun notices nothing of it: the watchdog names the rank and ends the job, torchrun restarts it."""
     log, run = folder / "stopped.a.log", folder / "stopped"

@@ -52,7 +52,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=() if name == "dp2 z2" else pytest.mark.long) for name in LAYOUTS]
+    params=[
+        "dp2 z2",
+        pytest.param("pp2 z1", marks=pytest.mark.long),
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in LAYOUTS
+            if name not in ("dp2 z2", "pp2 z1")
+        ),
+    ]
 )
 def layout(request: pytest.FixtureRequest, folder: Path) -> str:
     """Each layout, whose uninterrupted run lies in `whole LAYOUT`."""

@@ -55,6 +55,8 @@ PAIRS = [
     (("pp2xdp2", 2), ("tp2+sp", 1), True),
     (("1", 0), ("tp2xpp2", 3), True),
 ]
+# What every landing runs; every stage and every kind of parallelism on both sides once. The others: nightly.
+NEVER_LEFT_OUT = [PAIRS[number] for number in (0, 1, 2, 7, 9, 14, 15)]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,10 @@ def kill_at_random(job: ForkedJob, run: Path, generator: random.Random) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("before", "after", "is_tied"), PAIRS)
+@pytest.mark.parametrize(
+    ("before", "after", "is_tied"),
+    [pytest.param(*pair, marks=() if pair in NEVER_LEFT_OUT else pytest.mark.nightly) for pair in PAIRS],
+)
 def test_a_job_killed_under_one_layout_goes_on_under_another(
     before: tuple[str, int], after: tuple[str, int], is_tied: bool, folder: Path
 ) -> None:

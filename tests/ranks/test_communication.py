@@ -88,7 +88,13 @@ def check(world_size: int, cases: list[tuple[str, ...]], *args: Any) -> None:
             assert counted == predicted, (case, found.coordinates)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if LAYOUTS[n][0] > 2 else ()) for n in LAYOUTS])
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Of four and more ranks; those whose axes are also in smaller layouts wait for the night."""
+    is_repeated = name in ("PP4", "DP2xPP2 interleaved", "TP2xPP2xDP2")
+    return [LONG, *([pytest.mark.nightly] if is_repeated else [])] if LAYOUTS[name][0] > 2 else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in LAYOUTS])
 def test_every_call_and_byte_is_predicted(name: str) -> None:
     """Each stage in fp32 and bf16, with two microbatches (or four) and, where the schedule allows it, one."""
     world_size, layout = LAYOUTS[name]

@@ -77,16 +77,25 @@ def check(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_stage_tied_and_untied(name: str, tied: jobs.Trace, untied: jobs.Trace) -> None:
+def test_every_stage(name: str, tied: jobs.Trace) -> None:
     world_size, layout = LAYOUTS[name]
-    check(world_size, layout, {(): untied, (TIED,): tied}, stages=(0, 1, 2, 3))
+    check(world_size, layout, {(TIED,): tied}, stages=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("TP2", "PP2") else pytest.mark.nightly) for n in LAYOUTS]
+)
+def test_every_stage_untied(name: str, untied: jobs.Trace) -> None:
+    world_size, layout = LAYOUTS[name]
+    check(world_size, layout, {(): untied}, stages=(0, 1, 2, 3))
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("stages", [(1, 3), pytest.param((0, 2), marks=pytest.mark.nightly)], ids=str)
 @pytest.mark.parametrize("name", MORE_LAYOUTS)
-def test_more_of_the_layouts(name: str, tied: jobs.Trace) -> None:
+def test_more_of_the_layouts(name: str, stages: tuple[int, ...], tied: jobs.Trace) -> None:
     world_size, layout = MORE_LAYOUTS[name]
-    check(world_size, layout, {(TIED,): tied}, stages=(0, 1, 2, 3))
+    check(world_size, layout, {(TIED,): tied}, stages=stages)
 
 
 @pytest.mark.long
@@ -106,9 +115,13 @@ def test_interleaved_stages_overlap_their_messages(stages: int) -> None:
     check(stages, layout, {deep: single_process(*deep)}, stages=(0, 1, 2, 3))
 
 
-def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace, untied: jobs.Trace) -> None:
-    layout = ("parallel.tensor=2", "parallel.pipeline=2")
-    check(8, layout, {(): untied, (TIED,): tied}, stages=(1, 2, 3))
+def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace) -> None:
+    check(8, ("parallel.tensor=2", "parallel.pipeline=2"), {(TIED,): tied}, stages=(1, 2, 3))
+
+
+@pytest.mark.nightly
+def test_all_three_kinds_at_once_untied(untied: jobs.Trace) -> None:
+    check(8, ("parallel.tensor=2", "parallel.pipeline=2"), {(): untied}, stages=(1, 2, 3))
 
 
 @pytest.mark.long
