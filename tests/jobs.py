@@ -261,12 +261,10 @@ def assert_traces_equal(actual: Trace, expected: Trace, what: str, slack: float 
     1e-5 is asked.
     """
     for name, numbers in (("losses", "losses"), ("gradient norms", "grad_norms")):
-        for step, (a, b) in enumerate(
-            zip(getattr(actual, numbers), getattr(expected, numbers), strict=True), 1
-        ):
-            assert abs(a - b) <= slack * 1e-5 * abs(b), (
-                f"{what}: {name} of step {step}: {a!r}, expected {b!r}"
-            )
+        pairs = zip(getattr(actual, numbers), getattr(expected, numbers), strict=True)
+        for step, (a, b) in enumerate(pairs, 1):
+            is_equal = abs(a - b) <= slack * 1e-5 * abs(b)
+            assert is_equal, f"{what}: {name} of step {step}: {a!r}, expected {b!r}"
     assert actual.gradients.keys() == expected.gradients.keys(), what
     for name, gradient in expected.gradients.items():
         error = ((actual.gradients[name] - gradient).norm() / gradient.norm()).item()

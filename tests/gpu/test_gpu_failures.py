@@ -15,6 +15,7 @@ from runs import SMALL_RUN, write_corpus
 
 pytestmark = pytest.mark.gpu(2)
 BOUND_SECONDS = 10
+LAYOUTS = ("zero.stage=1", "zero.stage=3", "parallel.tensor=2", "parallel.pipeline=2")
 MARK = "DISTLLM_TEST_MARK"
 
 
@@ -33,9 +34,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "layout", ["zero.stage=1", "zero.stage=3", "parallel.tensor=2", "parallel.pipeline=2"]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fault", ["kill", "error"])
 def test_all_ranks_are_gone_soon(fault: str, layout: str, tmp_path: Path) -> None:
     """In step 20 of rank 1. Its time is that of the last row of metrics, since steps take milliseconds."""
