@@ -57,7 +57,7 @@ def visible_devices(count: int, setting: str | None) -> str:
 
 
 def read_tests(junit: str) -> list[dict[str, Any]]:
-    """Of each test in pytest's --junitxml its name, seconds, outcome, and the end of what it said if it failed."""
+    """Of each test in pytest's --junitxml its name, seconds, outcome, and what it said if it did not pass."""
     tests = []
     for case in ElementTree.fromstring(junit).iter("testcase"):
         found = {child.tag: child for child in case}

@@ -16,12 +16,14 @@ from gpu_results import BENCHES, Bench
 from distllm.config.compose import load, parse
 from distllm.verbs.check import report, vocabulary_size
 
-JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
-<testcase classname="tests.gpu.test_a" name="test_x[1]" time="1.5"/>
-<testcase classname="tests.gpu.test_a" name="test_y" time="0.2"><failure message="short">a long story</failure></testcase>
-<testcase classname="tests.gpu.test_a" name="test_z" time="0"><skipped message="needs 4 GPUs">x</skipped></testcase>
-<testcase classname="tests.gpu.test_a" name="test_e" time="0"><error message="a fixture"/></testcase>
-</testsuite></testsuites>"""
+CASE = '<testcase classname="tests.gpu.test_a" name="test_{}" time="{}">{}</testcase>'
+CASES = [
+    CASE.format("x[1]", 1.5, ""),
+    CASE.format("y", 0.2, '<failure message="short">a long story</failure>'),
+    CASE.format("z", 0, '<skipped message="needs 4 GPUs">the place</skipped>'),
+    CASE.format("e", 0, '<error message="a fixture"/>'),
+]
+JUNIT = f'<?xml version="1.0"?><testsuites><testsuite>{"".join(CASES)}</testsuite></testsuites>'
 
 
 def test_without_a_gpu_the_script_says_so_and_sets_nothing_up(tmp_path: Path) -> None:
