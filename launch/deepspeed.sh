@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DeepSpeed's launcher: a hostfile (lines like `node1 slots=8`), then deepspeed's arguments:
 #
-#   launch/deepspeed.sh hostfile --module distllm train model=llama3_8b run.dir=runs/mine
+#   launch/deepspeed.sh hostfile --module distllm train model=llama3_8b train.precision=bf16 run.dir=runs/mine
 #
 # It reaches the hosts by pdsh and ssh. Where there is no ssh, the same line on every host, with its number:
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torchrun with what elastic restarts need; takes torchrun's arguments:
 #
-#   launch/torchrun.sh --nproc-per-node 8 --max-restarts 3 -m distllm train model=llama3_8b run.dir=runs/mine
+#   launch/torchrun.sh --nproc-per-node 8 --max-restarts 3 -m distllm train model=llama3_8b train.precision=bf16 run.dir=runs/mine
 #
 # On several nodes the same line on each, with one node's name; --nnodes=2:4 would go on with 2 to 4 of them:
 #

@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from distllm.runtime import quiet
 
 quiet.silence()
@@ -17,3 +19,20 @@ sys.path.insert(0, TESTS)
 CONFIGS = tempfile.TemporaryDirectory(prefix="configs-")
 os.environ["DISTLLM_TEST_CONFIGS"] = CONFIGS.name
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs more GPUs than there are, before its fixtures are made.
+
+    pytest folds the skips of one place and reason into one line.
+    """
+    needed = max((marker.args[0] if marker.args else 1 for marker in item.iter_markers("gpu")), default=0)
+    if needed:
+        import torch  # takes seconds, which most tests do not need
+
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found == 0:
+            pytest.skip("no GPU here: PyTorch sees none")
+        if found < needed:
+            pytest.skip(f"needs {needed} GPUs, and PyTorch sees {found}")

@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks, forked from one warmed process, with a deadline for hangs.
 
     results = run_ranks(4, function, case)     # function(rank, case) on ranks 0..3, in a started world
+    results = run_ranks(2, function, case, on_gpus=True)    # NCCL, each rank a new process with a GPU
 
 The warm process imports torch, Megatron Core and DeepSpeed once per test session; a start of four ranks then
 costs a fraction of a second. A rank that raises, dies or hangs fails the test with that rank's log, and no
@@ -20,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,24 @@ class RanksFailedError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 120
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    deadline_seconds: float = 120,
+    on_gpus: bool = False,
 ) -> list[Any]:
     """function(rank, *args) on every rank of a started world; returns their results by rank.
 
     `function` must be importable by name (module level). The world is started and stopped around it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
+    # The warm process has told DeepSpeed that there are no GPUs, which those forked from it would inherit.
+    context = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
+    if not on_gpus:
+        context.set_forkserver_preload(["warm"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
         port = free_port()
-        processes: list[ForkServerProcess] = []
+        processes: list[BaseProcess] = []
         receivers: list[Connection] = []
         try:
             for rank in range(world_size):
@@ -72,7 +79,7 @@ def free_port() -> int:
 
 
 def _collect(
-    processes: list[ForkServerProcess],
+    processes: list[BaseProcess],
     receivers: list[Connection],
     logs: list[Path],
     deadline_seconds: float,
@@ -133,6 +140,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        CUDA_DEVICE_MAX_CONNECTIONS="1",  # for tensor parallelism on GPUs, see distllm/runtime/dist.py
     )
     import faulthandler
     import gc

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from distllm.checkpoint.storage import LOCAL, Storage
 from distllm.checkpoint.store import Contents, SaveFailedError, write_pieces
 from distllm.layout.fragment import Fragment
 from distllm.layout.save_groups import SaveGroups
+
+LARGEST_BLOCK, SMALLEST_BLOCK = 1 << 30, 1 << 20  # bytes, of pinned memory
+ALIGNMENT = 64  # bytes, of each copy
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Saver:
         self._copies = _HostCopies()
         self._running: Future[Outcome] | None = None
         self._finished: list[Outcome] = []
+
+    def reserve(self, fragments: Iterable[Fragment]) -> None:
+        """Allocate the memory that `save` copies these fragments into, so that the first save need not."""
+        if self.is_async:
+            self._copies.reserve(pieces_of(fragment for fragment in fragments if fragment.writer))
 
     def save(
         self, path: Path, fragments: Iterable[Fragment], contents: Contents, after: Callable[[], None]
@@ -107,31 +116,69 @@ class Saver:
 
 
 class _HostCopies:
-    """Buffers in host memory, allocated once and reused, pinned where a GPU copies into them."""
+    """Blocks of host memory, allocated once and reused, pinned where a GPU copies into them."""
 
     def __init__(self) -> None:
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._blocks: list[Tensor] = []  # bytes
+
+    def reserve(self, pieces: Sequence[Piece]) -> None:
+        """Allocate what `copy` needs for these pieces, which takes longer than the copy."""
+        for _ in self._places(pieces):
+            pass
 
     def copy(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Return the same pieces with views of the copies, which are valid until the next call."""
-        begins = dict.fromkeys({piece.view.dtype for piece in pieces}, 0)
-        for piece in pieces:
-            begins[piece.view.dtype] += piece.view.numel()
-        on_gpu = any(piece.view.is_cuda for piece in pieces)
-        for dtype, numel in begins.items():
-            if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
-                self._buffers[dtype] = torch.empty(numel, dtype=dtype, pin_memory=on_gpu)
+        """Return the pieces with views of the copies, which are valid until the next call.
+
+        A piece that crosses the end of a block is cut there.
+        """
         copies = []
-        begins = dict.fromkeys(begins, 0)
-        for piece in pieces:
-            dtype, numel = piece.view.dtype, piece.view.numel()
-            view = self._buffers[dtype].narrow(0, begins[dtype], numel).view(piece.view.shape)
-            view.copy_(piece.view, non_blocking=True)
-            begins[dtype] += numel
-            copies.append(replace(piece, view=view))
-        if on_gpu:
+        for part, memory in self._places(pieces):
+            memory.copy_(part.view, non_blocking=True)
+            copies.append(replace(part, view=memory))
+        if _on_gpu(pieces):
             torch.cuda.current_stream().synchronize()  # the next step overwrites the tensors being copied
         return copies
+
+    def _places(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield each piece or part of one with its memory; add blocks where those at hand do not suffice."""
+        num_bytes = sum(piece.view.nbytes for piece in pieces) + ALIGNMENT * len(pieces)
+        block_index = begin = 0
+        waiting = deque(pieces)
+        while waiting:
+            if block_index == len(self._blocks):
+                self._add_blocks(num_bytes, pinned=_on_gpu(pieces))
+            block, piece = self._blocks[block_index], waiting.popleft()
+            part, rest = piece.cut(max(0, block.nbytes - begin) // piece.view.element_size())
+            waiting.extendleft(reversed(rest))
+            if part is None:
+                block_index, begin = block_index + 1, 0
+                continue
+            memory = block[begin : begin + part.view.nbytes].view(part.view.dtype)
+            yield part, memory.view(part.view.shape)
+            begin += _aligned(part.view.nbytes)
+            num_bytes -= part.view.nbytes
+
+    def _add_blocks(self, num_bytes: int, pinned: bool) -> None:
+        for size in pinned_blocks(num_bytes) if pinned else [num_bytes]:
+            self._blocks.append(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+
+
+def pinned_blocks(num_bytes: int) -> list[int]:
+    """Return sizes of blocks for `num_bytes`: powers of two, since PyTorch rounds pinned memory up to one.
+
+    Less than the smallest block is wasted; a single block would waste up to as much as it holds.
+    """
+    largest, rest = divmod(-(-num_bytes // SMALLEST_BLOCK) * SMALLEST_BLOCK, LARGEST_BLOCK)
+    powers = (1 << bit for bit in reversed(range(LARGEST_BLOCK.bit_length())))
+    return [LARGEST_BLOCK] * largest + [power for power in powers if rest & power]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _on_gpu(pieces: Sequence[Piece]) -> bool:
+    return any(piece.view.is_cuda for piece in pieces)
 
 
 def _in_background(work: Callable[[], Outcome]) -> Future[Outcome]:

@@ -7,7 +7,7 @@ are filed by module, such as one transformer layer: a reader never needs the lis
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,6 +30,28 @@ class Piece:
     @property
     def key(self) -> str:
         return f"{self.state}/{self.name}"
+
+    def cut(self, numel: int) -> tuple[Piece | None, list[Piece]]:
+        """Return a first part of at most `numel` elements, in a box, and the rest in order.
+
+        The part is None only where not even one element is wanted; the rest may hold more of them.
+        """
+        if self.box.numel <= numel:
+            return self, []
+        if numel == 0:
+            return None, [self]
+        dim = next(dim for dim, size in enumerate(self.box.sizes) if size > 1)
+        num_rows = numel // (self.box.numel // self.box.sizes[dim])
+        if num_rows > 0:
+            return self._rows(dim, 0, num_rows), [self._rows(dim, num_rows, self.box.sizes[dim])]
+        first, rest = self._rows(dim, 0, 1).cut(numel)
+        return first, [*rest, self._rows(dim, 1, self.box.sizes[dim])]
+
+    def _rows(self, dim: int, begin: int, end: int) -> Piece:
+        offsets, sizes = list(self.box.offsets), list(self.box.sizes)
+        offsets[dim], sizes[dim] = offsets[dim] + begin, end - begin
+        view = self.view.narrow(dim, begin, end - begin)
+        return replace(self, box=Box(tuple(offsets), tuple(sizes)), view=view)
 
 
 def pieces_of(fragments: Iterable[Fragment]) -> list[Piece]:

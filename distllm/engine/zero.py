@@ -184,6 +184,7 @@ def partitioner(config: Config, groups: Groups) -> Callable[[nn.Parameter], None
     `deepspeed.initialize` leaves parameters that are partitioned alone. It would partition only once a rank
     holds all of them, and broadcast each before.
     """
+    quieten()
     init = deepspeed.zero.Init(
         data_parallel_group=groups.loss.group,
         config_dict_or_path=deepspeed_config(config, largest_stage_numel=1),

@@ -81,9 +81,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     query: [batch, heads, seq, head_dim]; key, value: [batch, groups, seq, head_dim].
     """
     is_grouped = key.size(1) != query.size(1)
+    if is_grouped and query.is_cuda and query.dtype == torch.float32:
+        # PyTorch's only kernel there that holds no score matrix takes no groups (torch 2.13).
+        key, value, is_grouped = per_head(key, query.size(1)), per_head(value, query.size(1)), False
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
     )
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """Return [batch, heads, seq, head_dim] from [batch, groups, seq, head_dim], each group for its heads."""
+    return x.repeat_interleave(heads // x.size(1), dim=1)
 
 
 def attention_in_documents(

@@ -150,7 +150,7 @@ def compiled(warn: Callable[[str], None]) -> Kernels:
 
 
 class _WithFallback:
-    """A compiled function that falls back to the original when it fails."""
+    """A compiled function that falls back to the original when it fails, but for want of memory."""
 
     def __init__(self, function: Callable[..., Any], is_dynamic: bool, warn: Callable[[str], None]) -> None:
         self._as_written = function
@@ -162,6 +162,8 @@ class _WithFallback:
             return self._as_written(*arguments)
         try:
             return self._function(*arguments)
+        except torch.OutOfMemoryError:
+            raise  # a full device says nothing about the compiler
         except Exception as error:  # a missing compiler, or a compiler bug: there is no common class
             self._function = self._as_written
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from distllm.config.problems import UserError, user_error
 from distllm.layout.tree import BRANCHES, WORLD, Tree
 from distllm.runtime import cpu
-from distllm.runtime.allocator import keep_freed_memory
+from distllm.runtime.allocator import keep_freed_memory, let_segments_grow
+from distllm.runtime.devices import device_index, refuse_shared_devices
 from distllm.runtime.launcher import die_with_launcher
 
 T = TypeVar("T")
@@ -79,7 +80,10 @@ def start(timeout: timedelta, tensor_parallel: int = 1) -> Runtime:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    return Runtime(rank, world_size, local_rank, device, timeout, _everyone(backend, world_size, timeout))
+    everyone = _everyone(backend, world_size, timeout)
+    if device.type == "cuda":
+        refuse_shared_devices(device, everyone)
+    return Runtime(rank, world_size, local_rank, device, timeout, everyone)
 
 
 def _everyone(backend: str, world_size: int, timeout: timedelta) -> Tree:
@@ -152,13 +156,8 @@ def _choose_device(local_rank: int) -> torch.device:
         cpu.install()
         keep_freed_memory()
         return torch.device("cpu")
+    let_segments_grow()
     ranks_on_node = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    if ranks_on_node > torch.cuda.device_count():
-        raise user_error(
-            "ranks per node",
-            ranks_on_node,
-            f"one rank per GPU, and this node has {torch.cuda.device_count()}",
-            f"start at most {torch.cuda.device_count()} ranks on this node",
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = device_index(local_rank, ranks_on_node, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -57,6 +57,8 @@ class Checkpoints:
         self._begun_step = start.step
         self._last_error: str | None = None
         self._retention_error: str | None = None
+        if config.checkpoint.interval:
+            self._saver.reserve(engine.fragments())
 
     def warn_of_short_grace(self) -> None:
         """Warn, at the start of a job, if a save is expected to take longer than the grace period.

@@ -17,6 +17,7 @@ from distllm.metrics.run_directory import RunDirectory
 from distllm.metrics.run_lock import RunLock
 from distllm.runtime import dist
 from distllm.runtime.activity import Activity
+from distllm.runtime.devices import warning_of_precision
 from distllm.runtime.dist import Runtime
 from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
@@ -174,6 +175,8 @@ def _open_run(
             "started by plain torchrun, under which a failed rank cannot be restarted in place "
             "(pytorch#135712): use launch/torchrun.sh, which takes the same arguments"
         )
+    if warning := warning_of_precision(runtime.device, config.train.precision):
+        reporter.warn(warning)
     origin = f"resumed from {start.path}" if start.path else "from scratch"
     reporter.event(
         "start",

@@ -98,6 +98,14 @@ def test_the_dockerfile_takes_what_is_there_and_pinned_versions_only() -> None:
     assert os.access(SMOKE, os.X_OK)
 
 
+def test_the_dockerfile_installs_what_nccl_and_triton_look_for() -> None:
+    """Without the verbs' libraries NCCL falls back to TCP, without a compiler kernels run uncompiled."""
+    (line,) = [rest for word, rest in instructions() if word == "RUN" and "apt-get install" in rest]
+    installed = set(line.split("apt-get install")[1].split("&&")[0].split())
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= installed
+    assert {"gcc", "libc6-dev", "python3-dev"} <= installed
+
+
 def smoke_here(folder: Path, distllm: str) -> subprocess.CompletedProcess[str]:
     """The smoke test with this interpreter as `python3` and the shell script `distllm` as that command."""
     for name, text in {"python3": f'exec {sys.executable} "$@"', "distllm": distllm}.items():
@@ -259,7 +267,10 @@ def test_the_image_works_on_an_empty_debian(buildah: Buildah) -> None:
 
     frozen = buildah.run(container, "pip", "freeze").splitlines()
     assert locked() <= {re.sub(r"\+[\w.]+$", "", line) for line in frozen}
-    # No compiler, no caches, and nothing of how this machine reaches its registries.
+    # What Triton compiles with, and what NCCL loads.
+    compile = "echo '#include <Python.h>' | cc -fsyntax-only $(python3-config --includes) -x c -"
+    buildah.run(container, "sh", "-c", f"{compile} && ldconfig -p | grep -q libibverbs.so.1")
+    # No compiler but that of C, no caches, and nothing of how this machine reaches its registries.
     places = "/etc/pip.conf /run/host /root/.cache /var/lib/apt/lists /var/cache/apt/archives"
-    look = f"for name in cc gcc g++ nvcc git; do command -v $name; done; find {places} -type f -size +0; true"
+    look = f"for name in nvcc git; do command -v $name; done; find {places} -type f -size +0; true"
     assert buildah.run(container, "sh", "-c", look, options=("--user=0",)) == ""

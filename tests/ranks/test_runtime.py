@@ -14,6 +14,7 @@ from harness import RanksFailedError, run_ranks
 from distllm.config.problems import UserError, user_error
 from distllm.layout.tree import WORLD
 from distllm.runtime import dist
+from distllm.runtime.devices import refuse_late_visitors
 
 
 def ask_main_rank(rank: int) -> tuple[int, str]:
@@ -51,6 +52,20 @@ def test_a_difference_is_seen_by_all_ranks_and_named() -> None:
     assert len(set(messages)) == 1
     assert "config=same on rank 0, odd on rank 2" in messages[0]
     assert "ranks [2] differ" in messages[0]
+
+
+def visit_a_gpu(rank: int) -> str:
+    try:
+        refuse_late_visitors(2 if rank == 1 else 1, rank, WORLD)
+    except UserError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_shared_gpu_is_refused_by_all_ranks_alike() -> None:
+    messages = run_ranks(3, visit_a_gpu)
+    assert len(set(messages)) == 1
+    assert "ranks [1] share a GPU with an earlier rank" in messages[0]
 
 
 def raise_on_rank_1(rank: int) -> None:

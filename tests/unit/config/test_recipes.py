@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from distllm.layout.grid import Grid
 from distllm.plan.memory import estimate_memory
 from distllm.verbs.check import report, vocabulary_size
 
-RECIPES = sorted(file.stem for file in Path(__file__).parents[3].glob("conf/experiment/*.yaml"))
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted(file.stem for file in ROOT.glob("conf/experiment/*.yaml"))
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("distllm/*/README.md"), *ROOT.glob("launch/*")])
 GROUPS = sorted(
     f"{file.parent.name}={file.stem}"
-    for file in Path(__file__).parents[3].glob("conf/*/*.yaml")
+    for file in ROOT.glob("conf/*/*.yaml")
     if file.parent.name != "experiment"
 )
 DEVICES = {"a100_40gb": 40e9, "a100_80gb": 80e9, "b200": 192e9, "h100_80gb": 80e9, "h200_141gb": 141e9}
@@ -29,6 +32,19 @@ def test_every_recipe_composes(recipe: str) -> None:
     config = load(parse("config", [f"+experiment={recipe}"]))
     # Else two recipes would resume each other's runs, or one those of the defaults.
     assert config.run.dir == f"runs/{recipe}"
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.startswith("bench_") or "gpus" in r])
+def test_recipes_for_gpus_are_in_bf16(recipe: str) -> None:
+    assert load(parse("config", [f"+experiment={recipe}"])).train.precision == "bf16"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_commands_for_gpus_are_in_bf16(document: Path) -> None:
+    """A shape of billions of parameters is not for processors."""
+    lines = document.read_text().replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if re.search(r"\btrain\b.* model=llama3_", line)]
+    assert [line for line in commands if "train.precision=bf16" not in line] == []
 
 
 @pytest.mark.parametrize(

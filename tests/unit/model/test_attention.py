@@ -94,3 +94,35 @@ def test_the_varlen_kernel_is_called_without_reading_the_device(monkeypatch: pyt
     for x in (query, key, value):
         assert x.grad is not None
         assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_expanded"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_fp32_on_a_gpu_gives_each_head_its_own_keys(
+    dtype: torch.dtype, is_expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With groups PyTorch would make whole score matrices there; fake tensors need no GPU."""
+    asked: list[tuple[int, bool]] = []
+
+    def note(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool, **_: object) -> Tensor:
+        assert key.shape == value.shape
+        asked.append((key.size(1), enable_gqa))
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    with FakeTensorMode():
+        query, key, value = (
+            torch.empty(BATCH, heads, SEQ, HEAD_DIM, device="cuda", dtype=dtype) for heads in (HEADS, 2, 2)
+        )
+        attention.causal_attention(query, key, value, None)
+    assert asked == [(HEADS, False) if is_expanded else (2, True)]
+
+
+def test_expanded_keys_are_those_of_the_groups() -> None:
+    """The expansion for fp32 on a GPU, in the order in which PyTorch's own groups take their heads."""
+    query, key, value = (x.permute(1, 2, 0, 3) for x in random_heads(2))
+    found = attention.causal_attention(
+        query, attention.per_head(key, HEADS), attention.per_head(value, HEADS), None
+    )
+    torch.testing.assert_close(found, attention.causal_attention(query, key, value, None))

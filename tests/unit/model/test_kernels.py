@@ -122,6 +122,25 @@ def test_what_cannot_be_compiled_runs_as_written(
     assert told == [f"swiglu runs uncompiled: {reason}"]
 
 
+def test_a_full_device_is_no_reason_to_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def full_at_first(function: Any, **_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if left:
+                raise left.pop()
+            return function(*arguments) + 1  # tells the compiled function from the one as written
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", full_at_first)
+    swiglu = compiled(never).swiglu
+    x = random(4, 6)
+    with pytest.raises(torch.OutOfMemoryError):
+        swiglu(x)
+    assert torch.equal(swiglu(x), AS_WRITTEN.swiglu(x) + 1)
+
+
 def test_only_steps_of_training_use_them() -> None:
     class Config:
         sequence_parallel = False

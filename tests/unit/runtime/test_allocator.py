@@ -1,13 +1,14 @@
-"""Memory that tensors free is there for the next ones, without the kernel."""
+"""Memory that tensors free is there for the next ones, without the kernel; settings of the user's stay."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from distllm.runtime.allocator import USERS_SETTINGS, keep_freed_memory
+from distllm.runtime.allocator import USERS_SETTINGS, keep_freed_memory, let_segments_grow
 
 COUNT_FAULTS = """
 import resource, sys, torch
@@ -41,3 +42,20 @@ def test_memory_is_not_taken_anew() -> None:
 def test_what_the_user_has_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_segments_of_cuda_memory_grow_unless_the_user_has_settings(
+    before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(before)
+    monkeypatch.setattr(os, "environ", environment)
+    let_segments_grow()
+    assert environment == after
