@@ -13,6 +13,7 @@ import torch
 from torch.autograd.profiler import record_function
 
 PHASES = ("data", "forward", "backward", "pipeline_wait", "optimizer")
+BUSY_PHASES = ("data", "forward", "backward")
 RANGE_PREFIX = "phase: "  # of the ranges in a profiler's trace
 MEGATRON_PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
 
@@ -44,6 +45,17 @@ class Timings:
             spans[-1][1].synchronize()
             on_device[phase] = sum(begin.elapsed_time(end) for begin, end in spans) / 1000
         return self.host | on_device
+
+    def busy_seconds_on_device(self) -> float | None:
+        """Return for how long this rank's device worked in the step, and it for its device; None on a CPU.
+
+        Forward and backward passes, and waiting for data, which is this rank's own too. Not pipeline_wait and
+        optimizer: there fast ranks wait for slow ones. It waits for the device as `seconds` does.
+        """
+        if not self.events:
+            return None
+        seconds = self.seconds()
+        return sum(seconds.get(phase, 0.0) for phase in BUSY_PHASES)
 
 
 class Phases:

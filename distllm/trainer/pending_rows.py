@@ -6,6 +6,7 @@ from collections import deque
 
 from distllm.engine.phases import Timings
 from distllm.metrics.meter import Row
+from distllm.runtime.activity import Activity
 from distllm.trainer.reporter import Reporter
 
 
@@ -16,8 +17,9 @@ class PendingRows:
     before the update (engine/engine.py), and does not wait for a row.
     """
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, activity: Activity) -> None:
         self._reporter = reporter
+        self._activity = activity
         self._waiting: deque[tuple[Row, Timings]] = deque()
 
     def add(self, row: Row, timings: Timings) -> None:
@@ -38,3 +40,5 @@ class PendingRows:
         row, timings = self._waiting.popleft()
         phases = {f"{phase}_seconds": seconds for phase, seconds in timings.seconds().items()}
         self._reporter.training_row(row | phases)
+        if (busy := timings.busy_seconds_on_device()) is not None:
+            self._activity.note_device_seconds(busy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distllm.engine.phases import Timings
+from distllm.runtime.activity import Activity
 from distllm.trainer.pending_rows import PendingRows
 
 
@@ -28,7 +29,7 @@ class Reporter:
 
 def test_a_row_waits_for_its_phases_and_for_those_before_it() -> None:
     reporter: Any = Reporter()
-    rows = PendingRows(reporter)
+    rows = PendingRows(reporter, Activity())
     first, second, third = LateTimings({"forward": 1.0}), Timings({"forward": 2.0}), Timings({})
     rows.add({"step": 1}, first)
     rows.add({"step": 2}, second)
