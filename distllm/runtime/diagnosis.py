@@ -30,13 +30,14 @@ def judge(
     if silent:
         return Diagnosis(tuple(silent), "no sign of life: stopped, dead, or blocked inside one call")
     waiting = [rank for rank, beat in beats.items() if beat.collective]
-    stuck = [rank for rank in beats if rank not in waiting]
+    stuck = [rank for rank, beat in beats.items() if not beat.collective]
     if waiting and stuck:
         return Diagnosis(tuple(stuck), "alive and outside of communication, while the others wait")
     if not waiting:
         return Diagnosis(tuple(stuck), "alive, and no rank waits for another")
     progress = {rank: (beat.step, beat.microbatch) for rank, beat in beats.items()}
-    behind = [rank for rank in progress if progress[rank] < max(progress.values())]
+    furthest = max(progress.values())
+    behind = [rank for rank in progress if progress[rank] < furthest]
     if behind:
         return Diagnosis(tuple(behind), "waiting like all others, but behind them")
     return Diagnosis((), "all ranks wait at the same place: the network, or ranks in different collectives")

@@ -56,9 +56,9 @@ def ages_of(counts: Mapping[int, int], earlier: Mapping[int, int], seconds: floa
 
 def shown_ranks(suspects: Iterable[int], ranks: Iterable[int]) -> list[int]:
     """Return whose beats the file shows: all, but of thousands some suspects and the first ranks."""
-    known = sorted(ranks)
-    blamed = [rank for rank in suspects if rank in set(known)][:SHOWN_SUSPECTS]
-    return sorted({*blamed, *known[: SHOWN_RANKS - len(blamed)]})
+    known = set(ranks)
+    blamed = [rank for rank in suspects if rank in known][:SHOWN_SUSPECTS]
+    return sorted({*blamed, *sorted(known)[: SHOWN_RANKS - len(blamed)]})
 
 
 def kill_if_stopped(beat: Beat | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -67,3 +68,12 @@ def test_the_file_of_a_verdict_stays_small() -> None:
     assert len(shown) == 256
     assert shown[-64:] == list(range(5000, 5064))
     assert shown[:192] == list(range(192))
+
+
+def test_a_verdict_on_many_ranks_takes_seconds() -> None:
+    """Not the square of their number: minutes."""
+    alike = {rank: replace(WAITING, rank=rank) for rank in range(16384)}
+    alike[9] = replace(alike[9], microbatch=0)
+    begin = time.process_time()
+    assert judge(alike, dict.fromkeys(alike, 0.0), len(alike)).suspects == (9,)
+    assert time.process_time() - begin < 1
