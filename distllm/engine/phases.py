@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,16 +46,14 @@ class Timings:
             on_device[phase] = sum(begin.elapsed_time(end) for begin, end in spans) / 1000
         return self.host | on_device
 
-    def busy_seconds_on_device(self) -> float | None:
-        """Return for how long this rank's device worked in the step, and it for its device; None on a CPU.
 
-        Forward and backward passes, and waiting for data, which is this rank's own too. Not pipeline_wait and
-        optimizer: there fast ranks wait for slow ones. It waits for the device as `seconds` does.
-        """
-        if not self.events:
-            return None
-        seconds = self.seconds()
-        return sum(seconds.get(phase, 0.0) for phase in BUSY_PHASES)
+def busy_seconds_of(seconds: Mapping[str, float]) -> float:
+    """Return for how long a rank worked, from the seconds of a step's phases.
+
+    Forward and backward passes, and waiting for data, which is the rank's own too. Not pipeline_wait and
+    optimizer: there fast ranks wait for slow ones.
+    """
+    return sum(seconds.get(phase, 0.0) for phase in BUSY_PHASES)
 
 
 class Phases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from distllm.engine.phases import Timings
+from distllm.engine.phases import Timings, busy_seconds_of
 from distllm.metrics.meter import Row
 from distllm.runtime.activity import Activity
 from distllm.trainer.reporter import Reporter
@@ -38,7 +38,8 @@ class PendingRows:
 
     def _write_first(self) -> None:
         row, timings = self._waiting.popleft()
-        phases = {f"{phase}_seconds": seconds for phase, seconds in timings.seconds().items()}
+        seconds_of = timings.seconds()
+        phases = {f"{phase}_seconds": seconds for phase, seconds in seconds_of.items()}
         self._reporter.training_row(row | phases)
-        if (busy := timings.busy_seconds_on_device()) is not None:
-            self._activity.note_device_seconds(busy)
+        if timings.events:
+            self._activity.note_device_seconds(busy_seconds_of(seconds_of))
