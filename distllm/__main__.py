@@ -16,8 +16,7 @@ from distllm.config import verbs
 from distllm.config.problems import EXIT_USER_ERROR, UserError
 from distllm.config.registry import imported, load_plugins
 from distllm.runtime import quiet
-
-EXIT_INTERRUPTED = 130
+from distllm.runtime.ending import EXIT_INTERRUPTED, end_if_groups_are_left
 
 HELP = """distllm {version}: distributed LLM pretraining.
 
@@ -40,11 +39,16 @@ Overrides are Hydra's: model=tiny takes another configuration of a group, train.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     try:
-        return _run(_without_local_rank(sys.argv[1:] if arguments is None else arguments))
+        code = _run(_without_local_rank(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        return _report(error)
+        code = _report(error)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
+    except BaseException as error:
+        end_if_groups_are_left(error)
+        raise
+    end_if_groups_are_left(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:

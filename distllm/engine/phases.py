@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch.autograd.profiler import record_function
 
 PHASES = ("data", "forward", "backward", "pipeline_wait", "optimizer")
+BUSY_PHASES = ("data", "forward", "backward")
 RANGE_PREFIX = "phase: "  # of the ranges in a profiler's trace
 MEGATRON_PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
 
@@ -44,6 +45,15 @@ class Timings:
             spans[-1][1].synchronize()
             on_device[phase] = sum(begin.elapsed_time(end) for begin, end in spans) / 1000
         return self.host | on_device
+
+
+def busy_seconds_of(seconds: Mapping[str, float]) -> float:
+    """Return for how long a rank worked, from the seconds of a step's phases.
+
+    Forward and backward passes, and waiting for data, which is the rank's own too. Not pipeline_wait and
+    optimizer: there fast ranks wait for slow ones.
+    """
+    return sum(seconds.get(phase, 0.0) for phase in BUSY_PHASES)
 
 
 class Phases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Generic, TypeVar
+
+from distllm.runtime.busy_time import averaged
 
 Item = TypeVar("Item")
 MAIN_THREAD = threading.main_thread().ident or 0
@@ -26,7 +29,10 @@ class Activity:
     microbatch: the last one that was begun.
     phase: the trainer's current work, such as "train" or "validate".
     progressed_at: monotonic seconds of the last sign of progress.
-    patience_seconds: how long the phase may take without one, if that is longer than usual.
+    patience_seconds: how long the phase may take without one, if that is longer than usual. Before the first
+        step it may take any time: models are built and checkpoints read.
+    step_seconds: of the last step.
+    device_seconds: per step, that the device worked for this rank alone, averaged; 0 without a device.
 
     Plain attributes without a lock: the reader may see one newer than another, which does not matter.
     """
@@ -36,14 +42,24 @@ class Activity:
     microbatch: int = -1
     phase: str = "start"
     progressed_at: float = field(default_factory=time.monotonic)
-    patience_seconds: float = 0.0
+    patience_seconds: float = math.inf
+    step_seconds: float = 0.0
+    device_seconds: float = 0.0
+    _began_at: float = field(default_factory=time.monotonic)
 
     def begin(
         self, phase: str, step: int, samples: tuple[int, int] = (0, 0), patience_seconds: float = 0.0
     ) -> None:
+        now = time.monotonic()
+        if self.phase == "train":
+            self.step_seconds = now - self._began_at
         self.phase, self.step, self.samples, self.microbatch = phase, step, samples, -1
         self.patience_seconds = patience_seconds
-        self.progressed_at = time.monotonic()
+        self.progressed_at = self._began_at = now
+
+    def note_device_seconds(self, seconds: float) -> None:
+        """Note for how long the device worked in a step."""
+        self.device_seconds = averaged(self.device_seconds, seconds)
 
     @contextmanager
     def patient(self, phase: str, seconds: float) -> Iterator[None]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from distllm.config.problems import UserError, user_error
 from distllm.layout.tree import BRANCHES, WORLD, Tree
-from distllm.runtime import cpu
+from distllm.runtime import cpu, ending
 from distllm.runtime.allocator import keep_freed_memory, let_segments_grow
 from distllm.runtime.devices import device_index, refuse_shared_devices
 from distllm.runtime.launcher import die_with_launcher
@@ -104,10 +104,14 @@ def stop(runtime: Runtime, succeeded: bool) -> None:
     """Leave the world group.
 
     After success all ranks meet first: a rank that leaves while a peer still sends aborts the peer. After a
-    failure the peers may be gone, and a meeting would wait for them until the timeout.
+    failure the peers may be gone or stuck, and so may this rank's device: the groups stay as they are, and
+    `__main__` ends the process at once.
     """
     if succeeded:
         runtime.everyone.meet()
+    elif runtime.world_size > 1:
+        ending.leave_groups()
+        return
     dist.destroy_process_group()
 
 

@@ -1,132 +1,186 @@
-"""Detects hangs, reports the cause, and ends the job so that its launcher restarts it.
+"""Ends a job that cannot go on, and names the cause: a hang, a rank that failed, a stop that nobody heeds.
 
-It is a thread beside training on every rank. Its deadline depends on no collective, store or peer; it knows
+It is a thread beside training on every rank. Its deadlines depend on no collective, store or peer; it knows
 other ranks only by their files. A training thread that holds the interpreter's lock blocks this thread too:
-for that there is `faulthandler`, whose deadline runs without the interpreter.
+for that there is `faulthandler`, whose deadline runs without the interpreter and which prints to the rank's
+standard error.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
+import math
 import os
-import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn
 
+from distllm.config.problems import UserError
 from distllm.runtime.activity import Activity, collective_of, main_thread_frames
-from distllm.runtime.diagnosis import Diagnosis, judge, stragglers
+from distllm.runtime.busy_time import BusyTime, busy_seconds
+from distllm.runtime.cause import Cause, Notice, describe
+from distllm.runtime.diagnosis import Diagnosis, stragglers
+from distllm.runtime.ending import EXIT_FAILED, EXIT_PREEMPTED, end_process, exit_code_of
+from distllm.runtime.flight_recorder import nccl_flight_recorder
 from distllm.runtime.heartbeat import (
-    BEAT_SECONDS,
-    FOLDER,
-    STALE_SECONDS,
     Beat,
-    age_seconds,
-    beat_path,
-    read_beats,
-    write_beat,
+    BeatWriter,
+    beat_seconds,
+    new_folder,
+    read_records,
+    remove_folder,
+    stale_seconds,
 )
+from distllm.runtime.launcher import is_under_agent
+from distllm.runtime.signals import StopRequest, seconds_to_stop
+from distllm.runtime.verdict import find_verdict, kill_if_stopped
 
-EXIT_HANG = 1
+EXIT_HANG = EXIT_FAILED
 SAMPLE_SECONDS = 0.02  # between two samples of the training thread's stack
-STRAGGLER_SECONDS = 5.0  # between two checks of the other ranks by rank 0
+STRAGGLER_BEATS = 5  # between two checks of the other ranks by rank 0
+LEAVE_SECONDS = 2.0  # that a training thread has to end by itself once the cause is known
+LAST_IN_LINE = 8  # ranks from here on become judge at the same time, and only if no earlier one did
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Callbacks for the watchdog's findings: hang(diagnosis, step, file), straggler(rank, facts)."""
+    """Callbacks for the watchdog's findings.
+
+    hang(diagnosis, step, file), failed(reason, step): on the one rank that names the cause.
+    straggler(rank, facts): on rank 0.
+    """
 
     hang: Callable[[str, int, Path], None]
+    failed: Callable[[str, int], None]
     straggler: Callable[[int, dict[str, Any]], None]
 
 
-@contextmanager
-def watched(
-    activity: Activity, run_dir: Path, rank: int, world_size: int, hang_seconds: float, reports: Reports
-) -> Iterator[None]:
-    """End the process from a separate thread when `hang_seconds` pass without progress inside."""
-    watchdog = Watchdog(activity, run_dir, rank, world_size, hang_seconds, reports)
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.stop()
+@dataclass(frozen=True)
+class Place:
+    """The place of a rank. folder: of the heartbeats of this start, from `prepare_folder`."""
+
+    run_dir: Path
+    folder: Path
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def prepare_folder(run_dir: Path) -> Path:
+    """Make the folder of the heartbeats of this start; on one rank, before any watchdog starts."""
+    folder = new_folder(run_dir)
+    Notice(folder).prepare()
+    return folder
 
 
 class Watchdog:
-    """Runs from `start` to `stop`; at the deadline it never returns: the process ends."""
+    """Runs from `start` to `stop`; at a deadline it never returns: the process ends."""
 
     def __init__(
         self,
         activity: Activity,
-        run_dir: Path,
-        rank: int,
-        world_size: int,
+        place: Place,
         hang_seconds: float,
+        grace_seconds: float,
+        stop_request: StopRequest,
         reports: Reports,
     ) -> None:
         self._activity = activity
-        self._run_dir = run_dir
-        self._rank = rank
-        self._world_size = world_size
+        self._place = place
         self._hang_seconds = hang_seconds
+        self._grace_seconds = grace_seconds
+        self._stop_request = stop_request
         self._reports = reports
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._beat_seconds = beat_seconds(place.world_size)
+        self._stale_seconds = stale_seconds(place.world_size)
+        self._writer = BeatWriter(place.folder, place.rank, place.local_rank)
+        self._notice = Notice(place.folder)
         self._busy = BusyTime()
         self._named: set[int] = set()
-        self._stack_file: TextIO | None = None
+        self._is_ending = self._has_said = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        (self._run_dir / FOLDER).mkdir(exist_ok=True)
-        self._stack_file = open(beat_path(self._run_dir, self._rank).with_suffix(".stack"), "w")  # noqa: SIM115
         self._activity.progressed_at = time.monotonic()
         self._beat()
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: the job ends by itself."""
+        """Stop watching: the job has succeeded and ends by itself."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join(timeout=5)
-        if self._stack_file:
-            self._stack_file.close()
-        for suffix in (".json", ".stack"):
-            beat_path(self._run_dir, self._rank).with_suffix(suffix).unlink(missing_ok=True)
-        with suppress(OSError):  # the last rank to leave finds it empty
-            (self._run_dir / FOLDER).rmdir()
+        if self._place.rank == 0:
+            remove_folder(self._place.folder)
+
+    def fail(self, error: BaseException) -> BaseException:
+        """Tell the others what ends this rank, so that they end too; return what to raise instead of it.
+
+        Called by the training thread. The error is printed here, unless `__main__` has another way to show
+        it. Where another rank, or this one's watchdog, has named a cause already, the error follows from that
+        and is not shown. Where there are other ranks the watchdog goes on: if cleaning up takes too long, it
+        ends this process too.
+        """
+        is_shown_elsewhere = isinstance(error, UserError | KeyboardInterrupt)
+        if self._place.world_size == 1:
+            self._reports.failed(describe(error), self._activity.step)
+            self.stop()
+            return error
+        self._has_said |= is_shown_elsewhere
+        if not self._is_ending and self._notice.claim():
+            cause = self._own_cause(describe(error), exit_code_of(error))
+            self._has_said = True
+            if not is_shown_elsewhere:
+                traceback.print_exception(error)
+            self._tell(cause)
+        elif not is_shown_elsewhere:
+            # A judge claims before it looks; a rank that fails tells at once.
+            self._say(self._notice.wait(2 * self._stale_seconds + self._beat_seconds))
+        return error if is_shown_elsewhere else SystemExit(exit_code_of(error))
 
     def _run(self) -> None:
-        next_beat, next_look = 0.0, time.monotonic() + STRAGGLER_SECONDS
+        now = time.monotonic()
+        next_beat, next_look = 0.0, now + STRAGGLER_BEATS * self._beat_seconds
         while not self._stopped.wait(SAMPLE_SECONDS):
-            is_busy = collective_of(main_thread_frames()) is None
-            self._busy.sample(self._activity.step, is_busy)
-            if time.monotonic() < next_beat:
+            self._busy.sample(self._activity.step, collective_of(main_thread_frames()) is None)
+            if (now := time.monotonic()) < next_beat:
                 continue
-            next_beat = time.monotonic() + BEAT_SECONDS
+            next_beat = now + self._beat_seconds
+            self._end_with_others()
             patience = max(self._hang_seconds, self._activity.patience_seconds)
             if self._activity.idle_seconds > patience:
-                self._end()
+                self._end_hang()
+            self._end_if_asked_in_vain()
             self._beat()
-            # Longer than our own deadline, whose report is better when it can run: it covers all ranks.
-            faulthandler.dump_traceback_later(
-                patience + 2 * STALE_SECONDS, exit=True, file=self._stack_file or 2
-            )
-            if self._rank == 0 and time.monotonic() > next_look:
-                next_look = time.monotonic() + STRAGGLER_SECONDS
+            self._arm_faulthandler(patience)
+            if self._place.rank == 0 and now > next_look:
+                next_look = now + STRAGGLER_BEATS * self._beat_seconds
                 self._look_for_stragglers()
 
-    def _beat(self, is_last: bool = False) -> None:
-        frames = main_thread_frames()
-        activity = self._activity
-        beat = Beat(
-            rank=self._rank,
+    def _arm_faulthandler(self, patience: float) -> None:
+        """Set the deadline that needs no interpreter: after our own, whose report covers all ranks."""
+        if math.isinf(patience):
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            until_verdict = self._stale_seconds + (LAST_IN_LINE + 4) * self._beat_seconds
+            faulthandler.dump_traceback_later(patience + until_verdict, exit=True, file=2)
+
+    def _beat(self, beat: Beat | None = None) -> None:
+        with suppress(OSError):  # a full disk is no hang
+            self._writer.write(beat or self._report())
+
+    def _report(self, is_last: bool = False) -> Beat:
+        frames, activity = main_thread_frames(), self._activity
+        return Beat(
+            rank=self._place.rank,
             pid=os.getpid(),
             host=socket.gethostname(),
             time=time.time(),
@@ -136,112 +190,103 @@ class Watchdog:
             phase=activity.phase,
             idle_seconds=round(activity.idle_seconds, 1),
             collective=collective_of(frames),
-            busy_seconds=round(self._busy.per_step, 4),
+            busy_seconds=round(busy_seconds(activity.device_seconds, self._busy.per_step), 4),
             stack=tuple(map(str, frames)) if is_last else (),
             flight_recorder=nccl_flight_recorder() if is_last else None,
         )
-        with suppress(OSError):  # a full disk is no hang
-            write_beat(self._run_dir, beat)
 
-    def _end(self) -> None:
-        """Write what this rank was doing, wait for the others' reports, and let one rank diagnose."""
-        self._beat(is_last=True)
-        deadline = time.monotonic() + STALE_SECONDS + BEAT_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS)
-            self._beat(is_last=True)
-        file = self._run_dir / f"hang_{self._activity.step}.json"
-        beats = read_beats(self._run_dir, self._world_size)
-        ages = {rank: age_seconds(beat_path(self._run_dir, rank)) for rank in beats}
-        diagnosis = judge(beats, ages, self._world_size)
-        alive = [rank for rank in sorted(ages) if ages[rank] <= STALE_SECONDS]
-        if alive and self._rank == alive[0]:
-            self._write(file, diagnosis, beats, ages)
-            for rank in diagnosis.suspects:
-                _kill_if_stopped(beats.get(rank))
+    def _own_cause(self, what: str, exit_code: int) -> Cause:
+        rank = self._place.rank
+        reason = what if self._place.world_size == 1 else f"rank {rank} failed: {what}"
+        return Cause(rank, reason, exit_code)
+
+    def _tell(self, cause: Cause) -> None:
+        """Tell a cause that this rank has claimed."""
+        self._notice.tell(cause)
+        self._reports.failed(cause.reason, self._activity.step)
+
+    def _say(self, cause: Cause | None) -> None:
+        """Say on rank 0, once, why it ends, if that is another rank's doing."""
+        if self._place.rank == 0 and not self._has_said and cause and cause.rank != 0:
+            self._has_said = True
+            print(f"distllm: {cause.reason}; ending", file=sys.stderr, flush=True)
+
+    def _end_with_others(self) -> None:
+        """End if any rank has told why the job ends; also if this rank did, and cannot leave."""
+        if cause := self._notice.read():
+            self._is_ending = True
+            time.sleep(LEAVE_SECONDS)
+            self._say(cause)
+            end_process(cause.exit_code)
+
+    def _end_if_asked_in_vain(self) -> None:
+        """End if the signal to stop came and no step ends: not even the wish reaches the other ranks."""
+        asked_for, activity = self._stop_request.seconds_since, self._activity
+        if asked_for is None or activity.phase != "train":
+            return
+        patience = seconds_to_stop(activity.step_seconds, self._grace_seconds)
+        if min(asked_for, activity.idle_seconds) <= patience:
+            return
+        if self._notice.claim():
+            what = f"asked to stop by {self._stop_request.reason}, but no step ended within {patience:.0f} s"
+            self._has_said = True
+            print(f"distllm: rank {self._place.rank}: {what}; ending", file=sys.stderr, flush=True)
+            code = 0 if is_under_agent() else EXIT_PREEMPTED
+            self._tell(Cause(self._place.rank, what, code))
+            end_process(code)
+
+    def _end_hang(self) -> NoReturn:
+        """Report what this rank was doing; judge, if it is the first; end with the verdict."""
+        self._is_ending = True
+        last = self._report(is_last=True)
+        turns = min(self._place.rank, LAST_IN_LINE)
+        self._beat_on(last, turns * self._beat_seconds, lambda: self._notice.is_claimed)
+        if self._notice.claim():
+            before = read_records(self._place.folder)
+            self._beat_on(last, self._stale_seconds + self._beat_seconds)
+            self._write_verdict({rank: record.count for rank, record in before.items()})
         else:
-            time.sleep(BEAT_SECONDS)  # the first rank to end ends all, before the file is written
-        os._exit(EXIT_HANG)
+            bound = 3 * self._stale_seconds
+            self._beat_on(last, bound, lambda: self._notice.read() is not None)
+            self._say(self._notice.read())
+        end_process(EXIT_HANG)
 
-    def _write(
-        self, file: Path, diagnosis: Diagnosis, beats: dict[int, Beat], ages: dict[int, float]
-    ) -> None:
-        content = {
-            "suspects": diagnosis.suspects,
-            "reason": diagnosis.reason,
-            "hang_seconds": self._hang_seconds,
-            "ranks": {
-                rank: asdict(beat) | {"seconds_since_last_sign": round(ages[rank], 1)}
-                for rank, beat in beats.items()
-            },
-        }
+    def _beat_on(self, beat: Beat, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Write the same beat again and again, as a sign of life, until the time or something is over."""
+        deadline = time.monotonic() + seconds
+        self._beat(beat)
+        while time.monotonic() < deadline and not is_over():
+            time.sleep(min(self._beat_seconds, max(0.0, deadline - time.monotonic())))
+            self._beat(beat)
+
+    def _write_verdict(self, counts: dict[int, int]) -> None:
+        place, step = self._place, self._activity.step
+        file = place.run_dir / f"hang_{step}.json"
+        verdict = find_verdict(read_records(place.folder), counts, place.world_size, self._stale_seconds)
         with suppress(OSError):
-            file.write_text(json.dumps(content, indent=1))
-        suspects = ", ".join(map(str, diagnosis.suspects)) or "none"
-        told = f"no progress for {self._hang_seconds:g} s; suspects: {suspects} ({diagnosis.reason})"
-        self._reports.hang(told, self._activity.step, file)
+            file.write_text(verdict.to_json(self._hang_seconds))
+        told = _describe_hang(verdict.diagnosis, self._hang_seconds)
+        self._reports.hang(told, step, file)
+        for rank in verdict.diagnosis.suspects:
+            kill_if_stopped(verdict.beats.get(rank))
+        self._notice.tell(Cause(place.rank, told, EXIT_HANG))
 
     def _look_for_stragglers(self) -> None:
-        beats = read_beats(self._run_dir, self._world_size)
-        slow = stragglers({rank: beat for rank, beat in beats.items() if beat.busy_seconds})
+        records = read_records(self._place.folder)
+        slow = stragglers({r: record.busy_seconds for r, record in records.items() if record.busy_seconds})
         for rank, factor in slow.items():
             if rank not in self._named:
                 facts = {
-                    "host": beats[rank].host,
-                    "busy_seconds": beats[rank].busy_seconds,
+                    "host": records[rank].beat().host,
+                    "busy_seconds": records[rank].busy_seconds,
                     "times_the_median": round(factor, 2),
                 }
                 self._reports.straggler(rank, facts)
         self._named = set(slow)
 
 
-class BusyTime:
-    """Measures seconds per step outside of communication, from samples of the training thread's stack."""
-
-    def __init__(self) -> None:
-        self.per_step = 0.0
-        self._step = -1
-        self._seconds = 0.0
-        self._last = time.monotonic()
-
-    def sample(self, step: int, is_busy: bool) -> None:
-        elapsed, self._last = time.monotonic() - self._last, time.monotonic()
-        if step != self._step:
-            num_steps = max(1, step - self._step)
-            if self._step >= 0:
-                mean = self._seconds / num_steps
-                self.per_step = mean if not self.per_step else 0.8 * self.per_step + 0.2 * mean
-            self._step, self._seconds = step, 0.0
-        self._seconds += elapsed * is_busy
-
-
-def nccl_flight_recorder() -> Any:
-    """Return NCCL's last collectives, which dist.start has asked it to record; None without NCCL."""
-    import torch
-
-    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
-        return None
-    try:
-        import pickle
-
-        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
-
-        trace = pickle.loads(
-            _dump_nccl_trace(includeCollectives=True, includeStackTraces=False, onlyActive=False)
-        )
-        keep = ("collective_seq_id", "p2p_seq_id", "profiling_name", "state", "input_sizes", "process_group")
-        return [{key: entry.get(key) for key in keep} for entry in trace.get("entries", [])[-20:]]
-    except Exception as error:  # it must not keep the diagnosis from being written
-        return repr(error)
-
-
-def _kill_if_stopped(beat: Beat | None) -> None:
-    """Kill a stopped process: it ignores the agent's SIGTERM, and the agent waits 30 s before it kills."""
-    if beat is None or beat.host != socket.gethostname():
-        return
-    try:
-        state = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        if state in ("T", "t"):
-            os.kill(beat.pid, signal.SIGKILL)
-    except OSError:
-        return
+def _describe_hang(diagnosis: Diagnosis, hang_seconds: float) -> str:
+    named = diagnosis.suspects[:16]
+    more = f" and {len(diagnosis.suspects) - 16} more" if len(diagnosis.suspects) > 16 else ""
+    suspects = ", ".join(map(str, named)) + more or "none"
+    return f"no progress for {hang_seconds:g} s; suspects: {suspects} ({diagnosis.reason})"

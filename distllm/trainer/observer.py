@@ -28,7 +28,7 @@ class StepObserver:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._profiler = StepProfiler(job)
-        self._rows = PendingRows(job.reporter)
+        self._rows = PendingRows(job.reporter, job.activity)
         self._timings = Timings()
         self._seconds_between_steps: Row = {}
         self.seconds = 0.0

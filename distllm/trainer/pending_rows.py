@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from distllm.engine.phases import Timings
+from distllm.engine.phases import Timings, busy_seconds_of
 from distllm.metrics.meter import Row
+from distllm.runtime.activity import Activity
 from distllm.trainer.reporter import Reporter
 
 
@@ -16,8 +17,9 @@ class PendingRows:
     before the update (engine/engine.py), and does not wait for a row.
     """
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, activity: Activity) -> None:
         self._reporter = reporter
+        self._activity = activity
         self._waiting: deque[tuple[Row, Timings]] = deque()
 
     def add(self, row: Row, timings: Timings) -> None:
@@ -36,5 +38,8 @@ class PendingRows:
 
     def _write_first(self) -> None:
         row, timings = self._waiting.popleft()
-        phases = {f"{phase}_seconds": seconds for phase, seconds in timings.seconds().items()}
+        seconds_of = timings.seconds()
+        phases = {f"{phase}_seconds": seconds for phase, seconds in seconds_of.items()}
         self._reporter.training_row(row | phases)
+        if timings.events:
+            self._activity.note_device_seconds(busy_seconds_of(seconds_of))

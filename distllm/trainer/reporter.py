@@ -94,6 +94,13 @@ class Reporter:
             self.run.write_status("failed", f"hang: {diagnosis}", step=step)
         print(f"distllm: {diagnosis}: {file}", flush=True)
 
+    def failed(self, reason: str, step: int) -> None:
+        """Report what ends the run. Called on the rank that knows it first, whichever that is."""
+        with suppress(OSError):
+            self.run.write_status("failed", reason, step=step)
+        with suppress(OSError):
+            self.run.event("stop", reason, step=step)
+
     def straggler(self, rank: int, facts: Mapping[str, Any]) -> None:
         self.event("straggler", f"rank {rank} holds the others up", rank=rank, **facts)
         self.warn(f"rank {rank} on {facts['host']} is slow: {facts['times_the_median']} x the median")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from datetime import timedelta
@@ -19,9 +20,10 @@ from distllm.runtime import dist
 from distllm.runtime.activity import Activity
 from distllm.runtime.devices import warning_of_precision
 from distllm.runtime.dist import Runtime
+from distllm.runtime.ending import EXIT_PREEMPTED
 from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
-from distllm.runtime.watchdog import Reports, watched
+from distllm.runtime.watchdog import Place, Reports, Watchdog, prepare_folder
 from distllm.trainer.describe import describe_start, finish_outputs
 from distllm.trainer.inject import parse
 from distllm.trainer.job import Job, build_job
@@ -30,7 +32,8 @@ from distllm.trainer.open_data import OpenedData, open_data
 from distllm.trainer.reporter import Reporter, report_progress
 from distllm.trainer.resume import Start, find_start
 
-EXIT_PREEMPTED = 3
+# Beyond the deadlines of the watchdog, which speaks first and says more than a collective's timeout.
+MORE_THAN_A_VERDICT_SECONDS = 120
 
 
 def run(config: Config, request: Request) -> int:
@@ -41,8 +44,8 @@ def run(config: Config, request: Request) -> int:
     report = report_progress if dist.is_main() else lambda _: None
     prepared = prepare(config.data, config.preparation, config.tokenizer, report)
     data = open_data(config, prepared, report)
-    # Twice the watchdog's deadline: it speaks first and says more than a collective's timeout.
-    runtime = dist.start(timedelta(seconds=2 * config.fault.hang_seconds), config.parallel.tensor)
+    timeout = timedelta(seconds=2 * config.fault.hang_seconds + MORE_THAN_A_VERDICT_SECONDS)
+    runtime = dist.start(timeout, config.parallel.tensor)
     succeeded, exit_code = False, 0
     lock, stop_request = _RunLock(Path(config.run.dir)), StopRequest()
     try:
@@ -97,31 +100,33 @@ def _train(
     _open_run(config, runtime, prepared, start, reporter, previous_sign)
     reporter.say(describe_start(config, prepared, data, grid, start))
     begin = time.monotonic()
-    groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
-    job: Job | None = None
+    run_dir, activity, job = Path(config.run.dir), Activity(), None
+    folder = dist.on_main_rank(runtime.everyone, lambda: prepare_folder(run_dir))
+    place = Place(run_dir, folder, runtime.rank, runtime.local_rank, runtime.world_size)
+    reports = Reports(reporter.hang, reporter.failed, reporter.straggler)
+    fault = config.fault
+    watchdog = Watchdog(activity, place, fault.hang_seconds, fault.grace_seconds, stop_request, reports)
+    watchdog.start()
     try:
-        activity = Activity()
+        groups = create_groups(grid, runtime.timeout, config.parallel.virtual_pipeline)
         job = build_job(config, runtime, groups, prepared, data, start, reporter, stop_request, activity)
-        with watched(
-            activity,
-            Path(config.run.dir),
-            runtime.rank,
-            runtime.world_size,
-            config.fault.hang_seconds,
-            Reports(reporter.hang, reporter.straggler),
-        ):
-            end = fit(job)
+        end = fit(job)
+        activity.begin("end", end.step, patience_seconds=math.inf)
         reporter.close()
         if end.step < config.train.steps:
-            return _say_preempted(end.step, job)
+            exit_code = _say_preempted(end.step, job)
+            watchdog.stop()
+            return exit_code
         finish_outputs(job, time.monotonic() - begin)
         reporter.status("completed", "all steps are done", step=config.train.steps)
         reporter.event("stop", "all steps are done", step=config.train.steps)
+        watchdog.stop()
         return 0
     except BaseException as error:
-        reporter.status("failed", f"{type(error).__name__}: {error}")
-        reporter.event("stop", f"{type(error).__name__}: {error}")
+        failure = watchdog.fail(error)
         reporter.close()
+        if failure is not error:
+            raise failure from None
         raise
     finally:
         if job:

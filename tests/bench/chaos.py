@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from commands import ROOT, environment
 from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
 
 from distllm.metrics.goodput import account, describe
+from distllm.runtime.heartbeat import read_beats
 
 STEP_SECONDS = 0.25  # slept in each step: a small model alone would be done at once
 NUM_RANKS = 4
@@ -54,13 +56,10 @@ def start(folder: Path, run: str, steps: int, *overrides: str) -> subprocess.Pop
 def live_ranks(run: Path) -> list[int]:
     """pids, from the heartbeats."""
     pids = []
-    for file in (run / "heartbeats").glob("rank_*.json"):
-        try:
-            pid = json.loads(file.read_text())["pid"]
-            os.kill(pid, 0)
-            pids.append(pid)
-        except (OSError, ValueError, KeyError):
-            continue
+    for beat in read_beats(run).values():
+        with suppress(OSError):
+            os.kill(beat.pid, 0)
+            pids.append(beat.pid)
     return pids
 
 

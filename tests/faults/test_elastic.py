@@ -16,6 +16,8 @@ from commands import ROOT, ForkedJob, environment
 from harness import free_port
 from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
 
+from distllm.runtime.heartbeat import read_beats
+
 STEPS = 40
 # With 0.001 the gradient jumps at step 39, by an update in which the rounding of 1e-7 has become 1e-5.
 RUN = (*SMALL_RUN, "optimizer.lr=0.0005", f"train.steps={STEPS}", "checkpoint.interval=2")
@@ -58,14 +60,7 @@ def agent(
 
 def ranks(run: Path) -> dict[int, int]:
     """{rank: pid}, from their heartbeats."""
-    found = {}
-    for file in (run / "heartbeats").glob("rank_*.json"):
-        try:
-            beat = json.loads(file.read_text())
-            found[beat["rank"]] = beat["pid"]
-        except (OSError, ValueError):
-            continue
-    return found
+    return {rank: beat.pid for rank, beat in read_beats(run).items()}
 
 
 def kill(pid: int) -> None:

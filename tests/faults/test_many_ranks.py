@@ -30,8 +30,8 @@ def limit_open_files() -> None:
 @pytest.mark.nightly
 def test_64_ranks_start_save_and_go_on_under_another_layout(tmp_path: Path) -> None:
     write_corpus(tmp_path)
-    arguments = (*RUN, "run.dir=alone", "train.steps=4", "zero.stage=0")
-    with ForkedJob(tmp_path, "train", *arguments, sabotage=limit_open_files) as job:
+    alone_in_steps = (*RUN, "run.dir=alone", "train.steps=4", "zero.stage=0")
+    with ForkedJob(tmp_path, "train", *alone_in_steps, sabotage=limit_open_files) as job:
         (end,) = job.wait()
         assert end.exit_code == 0, end.output
     for layout, steps in ((FIRST, 2), (SECOND, 4)):

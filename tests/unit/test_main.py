@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from distllm.config.compose import Request
 from distllm.config.problems import UserError, user_error
 from distllm.config.schema import Config
 from distllm.config.verbs import VERBS
+from distllm.runtime import ending
 
 Run = Callable[[Config, Request], int]
 
@@ -68,6 +70,41 @@ def test_a_refused_config_is_for_the_verb_to_mend(
     run = SimpleNamespace(run=lambda config, _: config.train.steps)
     monkeypatch.setitem(sys.modules, "no_such_module", run)
     assert command.main(broken) == 7
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("broken"), 1), (SystemExit(1), 1), (None, 3)])
+def test_a_process_whose_groups_are_left_ends_at_once(
+    error: BaseException | None,
+    code: int,
+    verb: Callable[[Run], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the usual message and exit code; and without that note it ends like any other program."""
+
+    def run(*_: object) -> int:
+        if error:
+            raise error
+        return 3
+
+    def ends(code: int) -> None:
+        raise Ended(code)
+
+    verb(run)
+    monkeypatch.setattr(os, "_exit", ends)
+    monkeypatch.setattr(ending, "_state", {"groups are left": False})
+    with pytest.raises(type(error)) if error else nullcontext():
+        assert command.main(["train"]) == code
+    assert capsys.readouterr().err == "", "the interpreter will print it"
+    ending.leave_groups()
+    with pytest.raises(Ended, match=str(code)):
+        command.main(["train"])
+    printed = capsys.readouterr().err
+    assert ("Traceback" in printed) == ("ValueError: broken" in printed) == isinstance(error, ValueError)
+
+
+class Ended(BaseException):
+    """The process has ended."""
 
 
 def test_an_interruption_is_quiet(verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str]) -> None:

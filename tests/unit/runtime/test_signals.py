@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from distllm.runtime.signals import StopRequest
+from distllm.runtime.signals import StopRequest, seconds_to_stop
 
 
 def wait_for(request: StopRequest) -> None:
@@ -24,15 +24,24 @@ def test_the_first_signal_is_the_reason(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     request = StopRequest(told.append)
     try:
+        assert request.seconds_since is None
         os.kill(os.getpid(), number)
         wait_for(request)
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.05)
         assert (request.reason, told) == (number.name, [number.name])
+        assert 0.05 <= (request.seconds_since or 0) < 5, "since the first one"
         request.check_interrupt()
     finally:
         request.close()
     assert signal.getsignal(number) == before
+
+
+def test_a_stuck_step_has_a_few_step_times_but_never_more_than_the_grace() -> None:
+    assert seconds_to_stop(step_seconds=0.1, grace_seconds=30) == 10
+    assert seconds_to_stop(step_seconds=6, grace_seconds=30) == 18
+    assert seconds_to_stop(step_seconds=60, grace_seconds=30) == 30
+    assert seconds_to_stop(step_seconds=0.1, grace_seconds=2) == 2
 
 
 def test_an_interrupt_that_was_lost_is_raised_again() -> None:
