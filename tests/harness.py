@@ -44,7 +44,7 @@ def run_ranks(
     `function` must be importable by name (module level). The world is started and stopped around it.
     """
     # The warm process has told DeepSpeed that there are no GPUs, which those forked from it would inherit.
-    context = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
     if not on_gpus:
         context.set_forkserver_preload(["warm"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

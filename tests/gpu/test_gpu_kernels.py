@@ -60,7 +60,8 @@ def test_grouped_queries_in_fp32_hold_no_score_matrix() -> None:
 def test_grouped_queries_in_fp32_are_those_of_float64() -> None:
     ours, exact = heads(256), [x.detach().double().requires_grad_() for x in heads(256)]
     output = causal_attention(*ours, None)
-    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    query, key, value = exact
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     weight = torch.linspace(-1, 1, 64, device="cuda")
     (output * weight).sum().backward()
     (expected * weight).sum().backward()
