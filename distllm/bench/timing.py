@@ -14,8 +14,9 @@ from distllm.layout.dtypes import DTYPES
 from distllm.runtime.allocator import release_freed_memory
 
 # Rows of square matrices, large enough to reach a device's best rate; a product takes some milliseconds.
-PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+PRODUCT_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 PRODUCTS_PER_SIZE = 5
+LONG_PRODUCT_SECONDS = 0.1
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -42,7 +43,11 @@ def repeated_seconds(
 
 
 def measured_peak_flops(device: torch.device, precision: str) -> float:
-    """Return FLOP/s of the fastest of some large square matrix products: what this process can reach here."""
+    """Return FLOP/s of the fastest of some large square matrix products: what this process can reach here.
+
+    The next larger size is left out where one took long: a processor without bf16 takes a minute for the
+    largest product, and is no faster with it.
+    """
     best = 0.0
     for size in PRODUCT_SIZES[device.type]:
         a = torch.rand(size, size, device=device).to(DTYPES[precision])
@@ -51,9 +56,10 @@ def measured_peak_flops(device: torch.device, precision: str) -> float:
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = product) -> None:
             torch.mm(a, b, out=out)
 
-        best = max(
-            best, 2 * size**3 / min(repeated_seconds(multiply, device, warmup=1, repeats=PRODUCTS_PER_SIZE))
-        )
+        seconds = min(repeated_seconds(multiply, device, warmup=1, repeats=PRODUCTS_PER_SIZE))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > LONG_PRODUCT_SECONDS:
+            break
     return best
 
 
