@@ -66,6 +66,46 @@ def start(folder: Path, *arguments: str, num_ranks: int | None = None) -> Finish
     return Finished(result.returncode, result.stdout, result.stderr)
 
 
+HEAVY = (
+    "torch",
+    "megatron",
+    "deepspeed",
+    "numpy",
+    "datasets",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+)
+SECONDS_OF_AN_ANSWER = 1.0
+LIBRARIES = "import hydra._internal.utils, omegaconf, pydantic, yaml"
+
+
+def assert_light(code: str, folder: Path) -> None:
+    """An answer imports nothing heavy, and takes a second of a processor at most; on a slow one six times what
+    the import of the libraries takes that it cannot do without. It was four times on one where that is 0.5 s."""
+    check = f"import sys; {code}; print([name for name in {HEAVY} if name in sys.modules])"
+    least, heavy = _processor_seconds(check, folder)
+    assert heavy == "[]"
+    assert least < max(SECONDS_OF_AN_ANSWER, 6 * _processor_seconds(LIBRARIES, folder)[0])
+
+
+def _processor_seconds(code: str, folder: Path) -> tuple[float, str]:
+    """The quickest of four runs of some Python, since other work only ever makes it slower; its last line."""
+    seconds, lines = [], [""]
+    for _ in range(4):
+        before = os.times()
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True
+        )
+        after = os.times()
+        assert result.returncode == 0, result.stderr
+        user = after.children_user - before.children_user
+        seconds.append(user + after.children_system - before.children_system)
+        lines = result.stdout.splitlines() or [""]
+    return min(seconds), lines[-1]
+
+
 class ForkedJob:
     """A command on one or several ranks, without a launcher; all of it is killed at the end of the `with`.
 
