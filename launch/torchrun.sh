@@ -7,7 +7,8 @@
 #
 #   launch/torchrun.sh --nnodes=4 --rdzv-backend=c10d --rdzv-endpoint=node1:29400 --nproc-per-node 8 ...
 #
-# (--node-rank with --master-addr starts too, but cannot restart in place: its ranks always use the agent's store.)
+# (--node-rank with --master-addr starts too, but cannot restart in place, since its ranks always use the agent's store:
+# refused with --max-restarts. On one machine --master-port is the port of the rendezvous, and restarts work.)
 # An argument given here again wins over the one below.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -37,10 +38,19 @@ options=(
     # that has its least number of nodes waits 3 s for more instead of 30: who comes later joins by a restart.
     --rdzv-conf "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"
 )
+# torchrun's own arguments end where the program begins.
+arguments="$*"
+agent=" ${arguments%% -m *} "
 # Alone on one machine torchrun takes a static rendezvous, whose ranks meet in the agent's store whatever is set
 # above; --standalone has none of that, and any free port. Its ranks would look for each other by the machine's name,
 # which nobody resolves in some containers.
-if [[ ! " $* " =~ \ --(nnodes|node.rank|rdzv|master|standalone) ]]; then
+if [[ ! $agent =~ \ --(nnodes|node.rank|rdzv|master|standalone) ]]; then
     options+=(--standalone --local-addr 127.0.0.1)
+elif [[ ! $agent =~ \ --(nnodes|node.rank|rdzv|master.addr|standalone) && $agent =~ \ --master.port[=\ ]([0-9]+) ]]; then
+    options+=(--rdzv-backend c10d --rdzv-endpoint "127.0.0.1:${BASH_REMATCH[1]}" --local-addr 127.0.0.1)
+elif [[ $agent =~ \ --(node.rank|master) && ! $agent =~ \ --rdzv && $agent =~ \ --max.restarts[=\ ][1-9] ]]; then
+    echo "launch/torchrun.sh: ranks that are started with --node-rank and --master-addr cannot restart in place" >&2
+    echo "    fix:  --rdzv-backend=c10d --rdzv-endpoint=ADDRESS:PORT instead of both, the same on every node" >&2
+    exit 2
 fi
 exec "$python" -m torch.distributed.run "${options[@]}" "$@"

@@ -84,8 +84,8 @@ LIBRARIES = "import hydra._internal.utils, omegaconf, pydantic, yaml"
 def assert_light(code: str, folder: Path) -> None:
     """An answer imports nothing heavy, and takes a second of a processor at most.
 
-    On a slow processor six times what the import of the libraries takes that it cannot do without; it was four
-    times on one where that is 0.5 s.
+    On a slow processor six times what the import of the libraries takes that it cannot do without; it was
+    four times on one where that is 0.5 s.
     """
     check = f"import sys; {code}; print([name for name in {HEAVY} if name in sys.modules])"
     least, heavy = _processor_seconds(check, folder)

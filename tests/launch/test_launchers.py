@@ -60,6 +60,34 @@ def test_torchrun_takes_arguments_as_they_are(folder: Path) -> None:
     assert_trained(folder, "two words")
 
 
+# A program whose rank 1 dies in its first start; it meets rank 0 as distllm's ranks do.
+DIES_ONCE = """
+import os
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os._exit(1)
+dist.barrier()
+print("met again" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" else "met", flush=True)
+"""
+
+
+def test_a_port_of_the_users_own_keeps_restarts(folder: Path) -> None:
+    (folder / "dies_once.py").write_text(DIES_ONCE)
+    place = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    result = launch(folder, "torchrun.sh", *place, "--max-restarts", "2", "dies_once.py")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("met again") == 2
+
+
+def test_restarts_that_cannot_be_are_refused(folder: Path) -> None:
+    place = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1"]
+    result = launch(folder, "torchrun.sh", *place, "--max-restarts=3", "-m", "distllm", "train")
+    assert result.exit_code == 2
+    assert "fix:  --rdzv-backend=c10d --rdzv-endpoint=ADDRESS:PORT" in result.stderr
+
+
 def hostfile_arguments(run: str, *overrides: str) -> list[str]:
     place = ["--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return ["hostfile", *place, "--module", "distllm", "train", *RUN, f"run.dir={run}", *overrides]
