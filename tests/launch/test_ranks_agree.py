@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import ForkedJob
+from runs import read_rows
 
-ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     1: (),
     2: ("parallel.tensor=2", "parallel.sequence=true", "zero.stage=2"),
@@ -19,21 +17,19 @@ LAYOUTS = {
 }
 
 
-def rows(ranks: int, folder: Path) -> list[dict[str, float]]:
-    """The rows of a run under a launcher, or alone."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [
-        *(sys.executable, *launcher, "-m", "distllm", "train", "model=tiny", "tokenizer=bytes", "data=text"),
-        *(f"data.path={folder}/*.txt", f"data.cache={folder}/cache", "data.validation_fraction=0.2"),
+def rows(ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run; tests/launch/test_launchers.py has ranks under launchers."""
+    arguments = (
+        *("model=tiny", "tokenizer=bytes", "data=text", "data.path=*.txt", "data.cache=cache"),
+        *("data.validation_fraction=0.2", "train.validation_interval=6", "train.validation_sequences=5"),
         *("train.steps=12", "train.global_batch_size=16", "train.micro_batch_size=2"),
-        *("train.validation_interval=6", "train.validation_sequences=5", "checkpoint.interval=0"),
-        *("schedule.warmup_steps=2", "optimizer.lr=0.003", "optimizer.epsilon=1e-6"),
-        *(f"run.dir={folder}/run{ranks}", *LAYOUTS[ranks]),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return [json.loads(line) for line in (folder / f"run{ranks}" / "metrics.jsonl").read_text().splitlines()]
+        *("checkpoint.interval=0", "schedule.warmup_steps=2", "optimizer.lr=0.003", "optimizer.epsilon=1e-6"),
+        *(f"run.dir=run{ranks}", *LAYOUTS[ranks]),
+    )
+    with ForkedJob(folder, "train", *arguments, num_ranks=ranks) as job:
+        for end in job.wait(240):
+            assert end.exit_code == 0, end.output
+    return read_rows(folder / f"run{ranks}")
 
 
 def test_losses_agree(tmp_path: Path) -> None:
