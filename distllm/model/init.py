@@ -81,4 +81,4 @@ def _quantiles() -> NDArray[np.float32]:
     """
     middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
     values: Tensor = torch.special.ndtri(middles)
-    return (values / values.square().mean().sqrt()).float().numpy()
+    return (values / values.square().mean().sqrt()).numpy().astype(np.float32)
