@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from distllm.config.schema import Config
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 3  # stopped on purpose; the same command goes on
 
 
 @dataclass(frozen=True)

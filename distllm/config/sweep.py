@@ -10,10 +10,9 @@ import sys
 from dataclasses import replace
 
 from distllm.config import compose
-from distllm.config.problems import EXIT_USER_ERROR, Problem, UserError, user_error
+from distllm.config.problems import EXIT_PREEMPTED, EXIT_USER_ERROR, Problem, UserError, user_error
 from distllm.config.schema import Config
 
-EXIT_PREEMPTED = 3
 # From best to worst; anything that is not here is worse still.
 SEVERITY = {0: 0, EXIT_PREEMPTED: 1, EXIT_USER_ERROR: 2}
 

@@ -47,10 +47,6 @@ class Tree:
             members = [block[0] for block in blocks]
         return cls(tuple(groups))
 
-    @property
-    def is_root(self) -> bool:
-        return all(dist.get_rank(group) == 0 for group in self.groups)
-
     def combine(self, value: T, combine: Callable[[T, T], T]) -> T | None:
         """Return all ranks' values combined on the root, None on other ranks. Collective.
 
@@ -86,5 +82,4 @@ class Tree:
         self.first(None)
 
 
-ALONE = Tree()
 WORLD = Tree((None,))  # one group of all ranks, for as many as one group may have

@@ -20,11 +20,10 @@ from distllm.config.problems import UserError, user_error
 from distllm.layout.tree import BRANCHES, WORLD, Tree
 from distllm.runtime import cpu, ending
 from distllm.runtime.allocator import keep_freed_memory, let_segments_grow
-from distllm.runtime.devices import device_index, refuse_shared_devices
+from distllm.runtime.devices import RANKS_IN_MESSAGES, device_index, refuse_shared_devices
 from distllm.runtime.launcher import die_with_launcher
 
 T = TypeVar("T")
-RANKS_IN_MESSAGES = 8
 
 
 @dataclass(frozen=True)

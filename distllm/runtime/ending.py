@@ -15,7 +15,6 @@ from typing import NoReturn
 from distllm.config.problems import EXIT_USER_ERROR, UserError
 
 EXIT_FAILED = 1
-EXIT_PREEMPTED = 3
 EXIT_INTERRUPTED = 130
 
 _state = {"groups are left": False}

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distllm.config.problems import UserError
+from distllm.config.problems import EXIT_PREEMPTED, UserError
 from distllm.runtime.activity import Activity, collective_of, main_thread_frames
 from distllm.runtime.busy_time import BusyTime, busy_seconds
 from distllm.runtime.cause import Cause, Notice, describe
 from distllm.runtime.diagnosis import Diagnosis, stragglers
-from distllm.runtime.ending import EXIT_FAILED, EXIT_PREEMPTED, end_process, exit_code_of
+from distllm.runtime.ending import EXIT_FAILED, end_process, exit_code_of
 from distllm.runtime.flight_recorder import nccl_flight_recorder
 from distllm.runtime.heartbeat import (
     Beat,

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from distllm.config.compose import Request, config_hash, to_yaml
+from distllm.config.problems import EXIT_PREEMPTED
 from distllm.config.schema import Config
 from distllm.data.preparation.prepare import prepare
 from distllm.data.prepared import PreparedData
@@ -20,7 +21,6 @@ from distllm.runtime import dist
 from distllm.runtime.activity import Activity
 from distllm.runtime.devices import warning_of_precision
 from distllm.runtime.dist import Runtime
-from distllm.runtime.ending import EXIT_PREEMPTED
 from distllm.runtime.launcher import is_plain_torchrun, is_under_agent, seconds_since_start
 from distllm.runtime.signals import StopRequest
 from distllm.runtime.watchdog import Place, Reports, Watchdog, prepare_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -121,3 +122,15 @@ def is_single(rank: int) -> tuple[int, bool, str]:
 
 def test_a_world_of_one_is_a_world() -> None:
     assert run_ranks(1, is_single) == [(1, True, "gloo")]
+
+
+def file_limits(rank: int) -> tuple[int, int]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(64, hard), hard))
+    dist.raise_file_limit()
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def test_as_many_files_as_the_hard_limit_allows() -> None:
+    ((soft, hard),) = run_ranks(1, file_limits)
+    assert soft == hard

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distllm.config.problems import UserError
-from distllm.layout.tree import ALONE
+from distllm.layout.tree import Tree
 from distllm.runtime import devices
 
 
@@ -58,9 +58,9 @@ def test_too_few_gpus_are_refused() -> None:
 
 def test_two_ranks_on_one_gpu_are_refused() -> None:
     """The second visitor of a GPU tells of itself; of several ranks see tests/ranks/test_runtime.py."""
-    devices.refuse_late_visitors(1, 0, ALONE)
+    devices.refuse_late_visitors(1, 0, Tree())
     with pytest.raises(UserError, match=r"ranks \[3\] share a GPU"):
-        devices.refuse_late_visitors(2, 3, ALONE)
+        devices.refuse_late_visitors(2, 3, Tree())
 
 
 def test_fp32_on_a_gpu_is_warned_of() -> None:
