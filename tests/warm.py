@@ -8,19 +8,24 @@ import os
 import tempfile
 from pathlib import Path
 
-from distllm.runtime import quiet
+from distllm.runtime import lazy_compile, quiet
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet.silence()
+lazy_compile.install()
 for module in (
     "distllm.engine.zero",
+    "distllm.model.decoder_layer",
     "distllm.model.families.gpt2",
     "distllm.model.families.llama",
     "distllm.objectives.pretrain",
     "distllm.optimizers.adamw",
     "distllm.verbs.generate",
     "distllm.verbs.train",
-    "deepspeed.module_inject.auto_ep_layer",  # imported by deepspeed.initialize
+    "deepspeed.module_inject.auto_ep_layer",  # these two are imported by deepspeed.initialize
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "numpy.random",
+    "torch._dynamo",  # imported by the first optimizer
     "torch.profiler._cupti_monitor",
 ):
     importlib.import_module(module)

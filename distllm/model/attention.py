@@ -7,18 +7,16 @@ mask of its shape.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from distllm.model.blocked_attention import blocked_attention
 from distllm.model.kernels import AS_WRITTEN, Kernels
-
-# PyTorch versions that have this argument (not 2.11) reject grouped queries without it.
-VARLEN_TAKES_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class CausalAttention(nn.Module):
@@ -106,8 +104,8 @@ def attention_in_documents(
     """
     if not has_varlen_kernel(query):
         return attention_by_document(query, key, value, starts, scale)
-    grouped: dict[str, Any] = {"enable_gqa": True} if VARLEN_TAKES_ENABLE_GQA else {}
-    context = varlen_attn(
+    kernel, grouped = varlen_kernel()
+    context = kernel(
         query,
         key,
         value,
@@ -121,6 +119,16 @@ def attention_in_documents(
     )
     assert isinstance(context, Tensor), "nothing else was asked for"
     return context
+
+
+@cache
+def varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return FlashAttention over documents, and what it must be told."""
+    from torch.nn.attention.varlen import varlen_attn  # here, since it imports PyTorch's compiler
+
+    # PyTorch versions that have this argument (not 2.11) reject grouped queries without it.
+    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if takes_groups else {}
 
 
 def has_varlen_kernel(query: Tensor) -> bool:
