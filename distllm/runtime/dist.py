@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from distllm.config.problems import UserError, user_error
 from distllm.layout.tree import BRANCHES, WORLD, Tree
-from distllm.runtime import cpu, ending
+from distllm.runtime import cpu, ending, half_products
 from distllm.runtime.allocator import keep_freed_memory, let_segments_grow
 from distllm.runtime.devices import RANKS_IN_MESSAGES, device_index, refuse_shared_devices
 from distllm.runtime.launcher import die_with_launcher
@@ -157,6 +157,7 @@ def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for accelerators and logs it
         cpu.install()
+        half_products.install()
         keep_freed_memory()
         return torch.device("cpu")
     let_segments_grow()
