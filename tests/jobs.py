@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import os
@@ -79,15 +80,20 @@ def make_config(*overrides: str) -> Config:
     ranks, since composing takes longer than training a step."""
     place = (*overrides, os.environ.get("WORLD_SIZE", "1"))
     file = Path(os.environ.get(CONFIGS, "nowhere"), hashlib.sha256(repr(place).encode()).hexdigest())
-    if file.is_file():
-        config: Config = pickle.loads(file.read_bytes())
-        return config
-    config = compose.load(compose.parse("train", [*SMALL_JOB, *overrides]))
-    if file.parent.is_dir():  # in a session of tests
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(pickle.dumps(config))
-        partial.rename(file)  # other ranks compose it at the same time
+    if not file.parent.is_dir():  # in no session of tests
+        return _compose(overrides)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one rank composes while the others wait for it
+        if not file.is_file():
+            partial = file.with_suffix(".partial")
+            partial.write_bytes(pickle.dumps(_compose(overrides)))
+            partial.rename(file)
+    config: Config = pickle.loads(file.read_bytes())
     return config
+
+
+def _compose(overrides: tuple[str, ...]) -> Config:
+    return compose.load(compose.parse("train", [*SMALL_JOB, *overrides]))
 
 
 def global_batch(step: int, config: Config) -> torch.Tensor:

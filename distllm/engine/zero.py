@@ -25,6 +25,7 @@ from distllm.engine.deepspeed_quirks import (
     quieten,
     reset_trace_once_per_step,
     set_tied_gradient,
+    unhook_modules_without_parameters,
 )
 from distllm.engine.engine import Engine, StepGate
 from distllm.engine.objective import Objective
@@ -35,6 +36,7 @@ from distllm.layout.dtypes import DTYPES
 from distllm.layout.fragment import Fragment
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
+from distllm.layout.whole import WholeLimits, whole_limits
 
 
 class ZeroEngine(Engine):
@@ -62,11 +64,18 @@ class ZeroEngine(Engine):
             model=_Chunks(chunks),
             optimizer=optimizer,
             mpu=_MegatronGroups(groups),
-            config=deepspeed_config(config, _largest_stage_numel(places, groups)),
+            config=deepspeed_config(
+                config,
+                _largest_stage_numel(places, groups),
+                whole_limits({place.name: place.numel for place in places.values()}, config.zero.bucket_size),
+            ),
         )
         count_replicas_once(self.zero_optimizer, places, groups.coordinates.tensor, self.zero_stage)
         self.norm_judge = NormJudge(self.zero_optimizer, self.zero_stage)
-        self.reset_trace = reset_trace_once_per_step(self.zero_optimizer) if self.zero_stage == 3 else None
+        self.reset_trace = None
+        if self.zero_stage == 3:
+            self.reset_trace = reset_trace_once_per_step(self.zero_optimizer)
+            unhook_modules_without_parameters(self.zero_optimizer, self.deepspeed.module)
         self.num_microbatches = 0
         self.num_backwards = [0] * len(chunks)
 
@@ -187,7 +196,7 @@ def partitioner(config: Config, groups: Groups) -> Callable[[nn.Parameter], None
     quieten()
     init = deepspeed.zero.Init(
         data_parallel_group=groups.loss.group,
-        config_dict_or_path=deepspeed_config(config, largest_stage_numel=1),
+        config_dict_or_path=deepspeed_config(config),
         dtype=DTYPES[config.train.precision],
         mpu=_MegatronGroups(groups),
     )
@@ -199,7 +208,9 @@ def partitioner(config: Config, groups: Groups) -> Callable[[nn.Parameter], None
     return partition
 
 
-def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, largest_stage_numel: int = 1, limits: WholeLimits | None = None
+) -> dict[str, Any]:
     """Return DeepSpeed's configuration, derived from ours; it is never written by hand.
 
     DeepSpeed's number of gradient accumulation steps stays 1, because Megatron already divides the loss by
@@ -217,6 +228,9 @@ def deepspeed_config(config: Config, largest_stage_numel: int) -> dict[str, Any]
         "stage3_param_persistence_threshold": zero.persistence_threshold,
         "sub_group_size": largest_stage_numel,
     }
+    if limits:
+        section["stage3_max_reuse_distance"] = limits.reuse
+        section["stage3_max_live_parameters"] = limits.live
     if zero.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     result: dict[str, Any] = {

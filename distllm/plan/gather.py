@@ -1,45 +1,18 @@
-"""The parameters that ZeRO-3 gathers in a step, by the rules of DeepSpeed 0.19.8. Pure."""
+"""The order in which a rank's modules with parameters run in a step. Pure."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from itertools import accumulate
+from dataclasses import dataclass
 
 from distllm.config.stages import microbatch_group_size
 from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.plan.rank_view import RankView
 
-# deepspeed/runtime/zero/config.py: stage3_max_reuse_distance.
-MAX_REUSE_NUMEL = 1_000_000_000
+# Megatron's modules return these for their callers to add. DeepSpeed takes them for parameters of the module
+# above, and never releases them before the update.
+RETURNED_BIASES = ("self_attention.linear_proj.bias", "mlp.linear_fc1.bias", "mlp.linear_fc2.bias")
 Use = tuple[str, ...]  # the parameters of a module that runs, forward or backward
-
-
-def gathered_parameters(
-    view: RankView, num_microbatches: int, max_reuse_numel: int = MAX_REUSE_NUMEL
-) -> list[int]:
-    """Return the elements of every parameter that one rank gathers in a step, once for each gather.
-
-    `PartitionedParameterCoordinator.__params_to_release`: a parameter stays after its module has run if it is
-    used again before `max_reuse_numel` elements of others are. Prefetching keeps some that are used up to
-    `zero.bucket_size` later. Embeddings, whose input has no gradient, are released after every backward pass
-    (`release_backward_leftovers`), and so is the copy of a tied one on the last stage, which is no parameter
-    of the module that uses it. Parameters up to `zero.persistence_threshold` are gathered once, after the
-    update.
-    """
-    uses = list(module_uses(view, num_microbatches))
-    sizes = {name: math.prod(shape) for name, shape in view.held.shapes.items()}
-    threshold = view.config.zero.persistence_threshold
-    before = [0, *accumulate(sum(sizes[name] for name in use) for use, _ in uses)]
-    gathered = []
-    last_use: dict[Use, tuple[int, bool]] = {}
-    for position, (use, always_released) in enumerate(uses):
-        last, was_released = last_use.get(use, (-1, True))
-        if was_released or before[position] - before[last + 1] >= max_reuse_numel:
-            gathered += [sizes[name] for name in use if sizes[name] > threshold]
-        last_use[use] = position, always_released
-    persistent = [size for size in sizes.values() if size <= threshold]
-    return gathered + persistent
 
 
 def passes(
@@ -67,30 +40,80 @@ def passes(
             yield num_chunks - 1 - order[position - warm_up], False
 
 
-def module_uses(view: RankView, num_microbatches: int) -> Iterator[tuple[Use, bool]]:
-    """Yield modules in the order in which they run, and whether the use always releases its parameters."""
-    num_chunks = len(view.stage.chunks)
-    forward, backward = {}, {}
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a chunk.
+
+    by_rank: parameters that DeepSpeed takes for those of all chunks of the rank, by_chunk: for the chunk's
+        own, although a module inside owns them.
+    uses: the modules with parameters, in the order in which they run.
+    ended: parameters that are released at the end, unless they are used again soon; always after a backward
+        pass.
+    """
+
+    is_forward: bool
+    by_rank: Use
+    by_chunk: Use
+    uses: list[Use]
+    ended: frozenset[str]
+
+    @property
+    def fetches(self) -> list[Use]:
+        """All chunks as one module, the chunk, its modules."""
+        return [self.by_rank, self.by_chunk, *self.uses]
+
+
+def module_passes(view: RankView, num_microbatches: int) -> Iterator[Pass]:
+    """Yield the passes of a step.
+
+    Embeddings, whose input has no gradient, are released after every backward pass
+    (`release_backward_leftovers`).
+    """
+    stage, num_chunks = view.stage, len(view.stage.chunks)
+    # Layers that run again in a backward pass do so below no chunk.
+    recomputed = (n for c in reversed(range(num_chunks)) for n in reversed(_recomputed(view, c)))
+    by_rank = tuple(name for layer in recomputed for name in returned_biases(view, layer))
+    made: dict[tuple[int, bool], Pass] = {}
     for chunk in range(num_chunks):
         units = _units(view, chunk)
-        forward[chunk] = [(use, False) for unit in units for use in unit]
-        backward[chunk] = [item for unit in reversed(units) for item in _backward(view, unit, chunk)]
-    for chunk, is_forward in passes(view.stage_index, view.grid.pipeline, num_chunks, num_microbatches):
-        yield from forward[chunk] if is_forward else backward[chunk]
+        forward = [use for unit in units for use in unit]
+        backward = [use for unit in reversed(units) for use in _backward(view, unit, chunk)]
+        biases = [name for layer in stage.chunks[chunk] for name in returned_biases(view, layer)]
+        # Megatron asks for a tied table in the chunk's own code.
+        is_end = (stage.is_first and chunk == 0) or (stage.is_last and chunk == num_chunks - 1)
+        table = [WORD_EMBEDDINGS] if view.config.model.tie_embeddings and is_end else []
+        embeddings = [name for use in forward for name in use if name.startswith("embedding.")]
+        by_chunk = (*biases, *table)
+        made[chunk, True] = Pass(True, by_rank, by_chunk, forward, frozenset(table))
+        made[chunk, False] = Pass(False, by_rank, by_chunk, backward, frozenset([*table, *embeddings]))
+    for place in passes(view.stage_index, view.grid.pipeline, num_chunks, num_microbatches):
+        yield made[place]
 
 
-def _backward(view: RankView, unit: list[Use], chunk: int) -> list[tuple[Use, bool]]:
-    first, recompute = unit[0][0], view.config.recompute
-    again: list[Use] = []
-    if first.startswith("decoder.layers.") and recompute.granularity == "full":
-        layer = int(first.split(".")[2])
-        if recompute.num_layers is None or layer - view.stage.chunks[chunk][0] < recompute.num_layers:
-            again = unit
-    # A tied output projection releases its table on a stage without the embedding; on the same stage it may
-    # keep it.
-    always_released = first.startswith("embedding.") or not view.stage.is_first
-    uses = [*again, *reversed(unit)]
-    return [(use, always_released and use[0].startswith("embedding.")) for use in uses]
+def returned_biases(view: RankView, layer: int) -> list[str]:
+    """Return the biases of a layer that leave their modules.
+
+    Under sequence parallelism row-parallel projections return a function of theirs (model/layers.py).
+    """
+    returned = RETURNED_BIASES[1:2] if view.config.parallel.sequence else RETURNED_BIASES
+    names = (f"decoder.layers.{layer}.{bias}" for bias in returned)
+    return [name for name in names if name in view.held.shapes]
+
+
+def _recomputed(view: RankView, chunk: int) -> range:
+    """Return the layers of a chunk that run again before their backward pass."""
+    layers, recompute = view.stage.chunks[chunk], view.config.recompute
+    if recompute.granularity != "full":
+        return layers[:0]
+    return layers[: recompute.num_layers]
+
+
+def _backward(view: RankView, unit: list[Use], chunk: int) -> list[Use]:
+    layer = unit[0][0].removeprefix("decoder.layers.").split(".")[0]
+    again = unit if layer.isdecimal() and int(layer) in _recomputed(view, chunk) else []
+    # The gradients of two outputs, product and bias, each announce the module.
+    twice = [[use] * (2 if any(name.endswith(RETURNED_BIASES) for name in use) else 1) for use in unit]
+    return [*again, *(use for uses in reversed(twice) for use in uses)]
 
 
 def _units(view: RankView, chunk: int) -> list[list[Use]]:
@@ -102,6 +125,9 @@ def _units(view: RankView, chunk: int) -> list[list[Use]]:
     for layer in stage.chunks[chunk]:
         units.append([view.modules[f"decoder.layers.{layer}.{m}"] for m in view.family.layer_order])
     if stage.is_last and chunk == len(stage.chunks) - 1:
-        output = (WORD_EMBEDDINGS if view.config.model.tie_embeddings else "output_layer.weight",)
-        units.append([view.modules["decoder.final_layernorm"], output])
+        units.append([view.modules["decoder.final_layernorm"]])
+        if not view.config.model.tie_embeddings:
+            units[-1].append(("output_layer.weight",))
+        elif not stage.is_first:  # the copy of a table that is elsewhere
+            units[-1].append((WORD_EMBEDDINGS,))
     return units

@@ -7,15 +7,14 @@ elements beyond it, and releases what has run unless it is used again soon.
 from __future__ import annotations
 
 import math
-from collections import deque
+from bisect import bisect_right
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from itertools import accumulate
 
-from distllm.plan.gather import MAX_REUSE_NUMEL, module_uses
+from distllm.layout.whole import WholeLimits, whole_limits
+from distllm.plan.gather import module_passes, returned_biases
 from distllm.plan.rank_view import RankView
-
-# deepspeed/runtime/zero/config.py: stage3_max_live_parameters, up to which it prefetches.
-MAX_LIVE_NUMEL = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -32,54 +31,95 @@ class Live:
 
 
 def live_parameters(
-    view: RankView,
-    max_reuse_numel: int = MAX_REUSE_NUMEL,
-    max_live_numel: int = MAX_LIVE_NUMEL,
-    most_microbatches: int | None = None,
+    view: RankView, limits: WholeLimits | None = None, most_microbatches: int | None = None
 ) -> Live:
     """Return the most parameters that are whole at once in a step after the first.
 
+    limits: other than those that the engine sets.
     most_microbatches: as many are followed at most; None: enough to fill a pipeline, after which all is
         repetition.
     """
     most = most_microbatches or view.grid.pipeline * len(view.stage.chunks) + 1
-    return _Coordinator(view, max_reuse_numel, max_live_numel).run(min(view.num_microbatches, most))
+    coordinator = _Coordinator(view, limits)
+    coordinator.run(min(view.num_microbatches, most))
+    return Live(coordinator.most_held, coordinator.most_gathered)
+
+
+def gathered_parameters(
+    view: RankView, num_microbatches: int, limits: WholeLimits | None = None
+) -> list[int]:
+    """Return the elements of every parameter that one rank gathers in a step, once for each gather.
+
+    In a step after the first, which only learns the order of modules. Parameters up to
+    `zero.persistence_threshold` are gathered once, after the update.
+    """
+    coordinator = _Coordinator(view, limits)
+    coordinator.run(num_microbatches)
+    persistent = [size for name, size in coordinator.sizes.items() if name not in coordinator.partitioned]
+    return coordinator.gathered + persistent
 
 
 class _Coordinator:
-    """What DeepSpeed's coordinator knows: parameters that are whole, and the order in which all are used."""
+    """What DeepSpeed's coordinator knows: parameters that are whole, and the order in which all are used.
 
-    def __init__(self, view: RankView, max_reuse_numel: int, max_live_numel: int) -> None:
+    `PartitionedParameterCoordinator.__params_to_release`: a parameter stays after its module has run if it is
+    used again before `limits.reuse` elements of others are, or if the prefetcher has already passed a later
+    use.
+    """
+
+    def __init__(self, view: RankView, limits: WholeLimits | None) -> None:
         self.view = view
-        self.max_reuse_numel, self.max_live_numel = max_reuse_numel, max_live_numel
         self.bucket_size = view.config.zero.bucket_size
         self.sizes = {name: math.prod(shape) for name, shape in view.held.shapes.items()}
+        self.limits = limits or whole_limits(self.sizes, self.bucket_size)
         threshold = view.config.zero.persistence_threshold
         self.partitioned = {name for name, size in self.sizes.items() if size > threshold}
+        layers = [layer for chunk in view.stage.chunks for layer in chunk]
+        self.never_released = {name for layer in layers for name in returned_biases(view, layer)}
         self.whole: set[str] = set()
+        self.gathered: list[int] = []
         self.numel = self.most_held = self.most_gathered = 0
         self.last_seen: dict[str, int] = {}  # the last use that the prefetcher has passed
 
-    def run(self, num_microbatches: int) -> Live:
-        uses = list(module_uses(self.view, num_microbatches))
-        before = [0, *accumulate(sum(self.sizes[name] for name in use) for use, _ in uses)]
-        next_use = _next_uses([use for use, _ in uses])
-        queue = deque((name, step) for step, (use, _) in enumerate(uses) for name in use)
-        for step, (use, is_always_released) in enumerate(uses):
-            self.gather([name for name in use if name in self.partitioned and name not in self.whole])
-            self.prefetch(queue, step, use)
-            for name in use:
-                following = next_use[step].get(name)
-                is_kept = self.last_seen[name] > step + 1 or (
-                    following is not None and before[following] - before[step + 1] < self.max_reuse_numel
-                )
-                if name in self.whole and (is_always_released or not is_kept):
-                    self.whole.remove(name)
-                    self.numel -= self.sizes[name]
-        return Live(self.most_held, self.most_gathered)
+    def run(self, num_microbatches: int) -> None:
+        """Follow one step: fetches are counted as DeepSpeed counts them, to know what is used soon."""
+        passes = list(module_passes(self.view, num_microbatches))
+        fetches = [use for a_pass in passes for use in a_pass.fetches]
+        self.before = [0, *accumulate(sum(self.sizes[name] for name in use) for use in fetches)]
+        queue = deque((name, step) for step, use in enumerate(fetches) for name in use)
+        self.used_at: dict[str, list[int]] = defaultdict(list)
+        for name, step in queue:
+            self.used_at[name].append(step)
+        step = -1
+        for a_pass in passes:
+            for use in a_pass.fetches:
+                step += 1
+                self.gather([name for name in use if name in self.partitioned and name not in self.whole])
+                self.prefetch(queue, step, use)
+                for name in use:
+                    if name not in a_pass.ended and not self.is_kept(name, step):
+                        self.release(name)
+            for name in a_pass.ended:
+                if not a_pass.is_forward or not self.is_kept(name, step):
+                    self.release(name)
+
+    def is_kept(self, name: str, step: int) -> bool:
+        if self.last_seen[name] > step + 1:
+            return True
+        following = bisect_right(self.used_at[name], step)
+        if following == len(self.used_at[name]):
+            return False
+        return self.before[self.used_at[name][following]] - self.before[step + 1] < self.limits.reuse
+
+    def release(self, name: str) -> None:
+        if name in self.whole and name not in self.never_released:
+            self.whole.remove(name)
+            self.numel -= self.sizes[name]
 
     def gather(self, names: list[str]) -> None:
-        numel = sum(self.sizes[name] for name in names)
+        sizes = [self.sizes[name] for name in names]
+        numel = sum(sizes)
+        self.gathered += sizes
         self.whole.update(names)
         self.numel += numel
         self.most_held = max(self.most_held, self.numel)
@@ -91,7 +131,7 @@ class _Coordinator:
         while queue and queue[0][1] <= step:
             name, used_at = queue.popleft()
             self.last_seen[name] = max(used_at, self.last_seen.get(name, 0))
-        room = min(self.max_live_numel - self.numel, self.bucket_size)
+        room = min(self.limits.live - self.numel, self.bucket_size)
         names: list[str] = []
         numel = 0
         while queue and numel < room:
@@ -101,13 +141,3 @@ class _Coordinator:
                 names.append(name)
                 numel += self.sizes[name]
         self.gather(names)
-
-
-def _next_uses(uses: list[tuple[str, ...]]) -> list[dict[str, int]]:
-    """Return for each use the position of the next use of each of its parameters."""
-    following: dict[str, int] = {}
-    found: list[dict[str, int]] = []
-    for position in range(len(uses) - 1, -1, -1):
-        found.append({name: following[name] for name in uses[position] if name in following})
-        following |= dict.fromkeys(uses[position], position)
-    return found[::-1]

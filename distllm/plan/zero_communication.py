@@ -17,9 +17,9 @@ from distllm.config.schema import Config
 from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.layout.traffic import Amount, Transfer
 from distllm.optimizers import recipe_of
-from distllm.plan.gather import gathered_parameters
 from distllm.plan.gradients import BYTES, is_bf16_optimizer
 from distllm.plan.held import Held
+from distllm.plan.live import gathered_parameters
 from distllm.plan.partition import group_partitions
 from distllm.plan.rank_view import RankView
 

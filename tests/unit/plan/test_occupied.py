@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from shapes import LLAMA_VOCABULARY, config_of, llama
 
 from distllm.config.schema import Config
+from distllm.layout.whole import WholeLimits, whole_limits
 from distllm.plan.buckets import bucket_bytes, computed_gradient, sent_copies
-from distllm.plan.gather import gathered_parameters
 from distllm.plan.libraries import (
     CONTEXT_BYTES,
     CUBLAS_BYTES,
@@ -20,7 +20,7 @@ from distllm.plan.libraries import (
     num_communicators,
     num_neighbours,
 )
-from distllm.plan.live import live_parameters
+from distllm.plan.live import gathered_parameters, live_parameters
 from distllm.plan.memory import rank_memory
 from distllm.plan.nearest import changed
 from distllm.plan.rank_view import RankView
@@ -101,16 +101,20 @@ def small_view(**changes: object) -> RankView:
     return RankView.of(changed(SMALL, dict(changes)), 300, 4, 0)
 
 
-def test_what_small_models_gather_stays() -> None:
+def test_without_limits_what_is_gathered_stays() -> None:
     """As `gathered_parameters` says, whose bytes are compared with those of real steps: once per step."""
-    view = small_view()
-    assert live_parameters(view).held == sum(gathered_parameters(view, 1)) == view.held.numel
+    view, limits = small_view(), WholeLimits(10**12, 10**12)
+    held = live_parameters(view, limits).held
+    assert held == sum(gathered_parameters(view, 1, limits)) == view.held.numel
 
 
-def test_large_models_keep_what_deepspeed_may_prefetch() -> None:
-    """1e9 elements by default, and one parameter that begins below it; persistent ones are not counted."""
-    live = live_parameters(view_of("zero.stage=3"))
-    assert 1_000_000_000 <= live.held <= 1_000_000_000 + TABLE + FC1
+def test_two_of_the_largest_layers_and_a_bucket_are_whole() -> None:
+    """Above the limit is at most one parameter that begins below it; persistent ones are not counted."""
+    view = view_of("zero.stage=3")
+    limits = whole_limits({name: math.prod(shape) for name, shape in view.held.shapes.items()}, BUCKET)
+    assert limits == WholeLimits(2 * TABLE, 2 * TABLE + BUCKET)  # larger than a layer
+    live = live_parameters(view)
+    assert TABLE <= live.held <= limits.live + TABLE
     assert BUCKET <= live.gathered <= BUCKET + TABLE
 
 
@@ -125,7 +129,7 @@ def test_a_bound_on_live_parameters_is_kept(bucket: int, live: int, reuse: int, 
     """Above it are at most a module, the end of what is prefetched, and what is kept for reuse."""
     view = small_view(**{"zero.bucket_size": bucket, "recompute.granularity": granularity})
     largest = max(map(math.prod, view.held.shapes.values()))
-    found = live_parameters(view, max_reuse_numel=reuse, max_live_numel=live)
+    found = live_parameters(view, WholeLimits(reuse, live))
     assert largest <= found.held <= min(view.held.numel, live + reuse + 2 * largest)
     assert found.gathered <= found.held
 

@@ -8,8 +8,10 @@ from shapes import LLAMA_VOCABULARY, config_of, llama
 from distllm.config.schema import Config
 from distllm.layout.grid import Grid
 from distllm.layout.traffic import Amount, Transfer, add_up, sent_bytes
+from distllm.layout.whole import WholeLimits
 from distllm.plan.communication import busiest_stage, rank_sent_bytes, rank_traffic
-from distllm.plan.gather import gathered_parameters, passes
+from distllm.plan.gather import passes
+from distllm.plan.live import gathered_parameters
 from distllm.plan.rank_view import RankView
 
 VOCABULARY = 384  # a multiple of what it is padded to
@@ -41,17 +43,20 @@ def test_volumes_of_the_zero_paper() -> None:
         assert sent(config, ranks, "data") == pytest.approx(expected, rel=1e-3), stage
 
 
+UNLIMITED = WholeLimits(10**12, 10**12)
+
+
 def test_stage_3_gathers_twice_where_nothing_stays() -> None:
     """For the forward and for the backward pass: with the gradients 3 Psi."""
     untied = ("model.tie_embeddings=false", "zero.persistence_threshold=0")
     config = config_of("zero.stage=3", *untied, "world_size=64", *ONE_MICROBATCH)
     view = RankView.of(config, VOCABULARY, 1, 0)
     table = VOCABULARY * config.model.hidden_size
-    all_released = gathered_parameters(view, 1, max_reuse_numel=0)
-    nothing_released = gathered_parameters(view, 1)
+    all_released = gathered_parameters(view, 1, WholeLimits(0, 0))
+    nothing_released = gathered_parameters(view, 1, UNLIMITED)
     assert sum(nothing_released) == psi(config)
     assert sum(all_released) == 2 * psi(config)
-    some = gathered_parameters(view, 1, max_reuse_numel=psi(config))
+    some = gathered_parameters(view, 1, WholeLimits(psi(config) // 2, 0))
     assert sum(nothing_released) < sum(some) < sum(all_released)
     assert table in nothing_released
 
@@ -60,7 +65,7 @@ def test_stage_3_gathers_the_embedding_for_every_microbatch() -> None:
     config = config_of("zero.stage=3", "zero.persistence_threshold=0", "world_size=1")
     view = RankView.of(config, VOCABULARY, 1, 0)
     table = VOCABULARY * config.model.hidden_size
-    assert sum(gathered_parameters(view, 5)) == psi(config) + 4 * table
+    assert sum(gathered_parameters(view, 5, UNLIMITED)) == psi(config) + 4 * table
 
 
 @pytest.mark.parametrize(("stage", "grows"), [(0, False), (1, False), (2, True), (3, True)])
