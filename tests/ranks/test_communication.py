@@ -171,12 +171,14 @@ def test_what_is_not_predicted_is_seen() -> None:
 
 
 def compare_unfixed(rank: int, fix: str, cases: list[tuple[str, ...]]) -> list[Comparison]:
-    with mock.patch(f"distllm.engine.zero.{fix}", lambda *_: None):
+    with mock.patch(f"distllm.engine.zero.{fix}", return_value=None):
         return compare(rank, cases)
 
 
 @pytest.mark.parametrize("fix", ["unhook_modules_without_parameters", "whole_limits"])
 def test_what_stage_3_gathers_rests_on_the_adapter(fix: str) -> None:
     """With hooks on every module it prefetches elsewhere, without limits it keeps all of a small model."""
-    (found,) = run_ranks(4, compare_unfixed, fix, [("zero.stage=3", PP, SMALL_BATCH)])[0]
+    (found,) = run_ranks(
+        4, compare_unfixed, fix, [("zero.stage=3", PP, SMALL_BATCH, "train.micro_batch_size=4")]
+    )[0]
     assert found.counted[GATHER].bytes != found.predicted[GATHER].bytes
