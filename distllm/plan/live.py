@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from itertools import accumulate
 
 from distllm.layout.whole import WholeLimits, whole_limits
 from distllm.plan.gather import module_passes, returned_biases
 from distllm.plan.rank_view import RankView
+
+ROUNDS = 3  # of microbatches that are followed before the rest is taken for repetition
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,23 @@ def gathered_parameters(
     In a step after the first, which only learns the order of modules. Parameters up to
     `zero.persistence_threshold` are gathered once, after the update.
     """
+    # From some microbatch on each round of them gathers what the one before did.
+    period = view.grid.pipeline if len(view.stage.chunks) > 1 else 1
+    followed = ROUNDS * period * len(view.stage.chunks) + view.grid.pipeline
+    repeated = max(0, num_microbatches - followed - period) // period
+    found = _gathered(view, num_microbatches - repeated * period, limits)
+    if repeated:
+        more = _gathered(view, num_microbatches - (repeated - 1) * period, limits)
+        more.subtract(found)
+        found.update({size: repeated * times for size, times in more.items()})
+    return list(found.elements())
+
+
+def _gathered(view: RankView, num_microbatches: int, limits: WholeLimits | None) -> Counter[int]:
     coordinator = _Coordinator(view, limits)
     coordinator.run(num_microbatches)
     persistent = [size for name, size in coordinator.sizes.items() if name not in coordinator.partitioned]
-    return coordinator.gathered + persistent
+    return Counter(coordinator.gathered + persistent)
 
 
 class _Coordinator:

@@ -1,6 +1,7 @@
 """What occupies a device beside states and activations, by hand."""
 
 import math
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +11,7 @@ from shapes import LLAMA_VOCABULARY, config_of, llama
 
 from distllm.config.schema import Config
 from distllm.layout.whole import WholeLimits, whole_limits
+from distllm.plan import live as live_module
 from distllm.plan.buckets import bucket_bytes, computed_gradient, sent_copies
 from distllm.plan.libraries import (
     CONTEXT_BYTES,
@@ -132,6 +134,30 @@ def test_a_bound_on_live_parameters_is_kept(bucket: int, live: int, reuse: int, 
     found = live_parameters(view, WholeLimits(reuse, live))
     assert largest <= found.held <= min(view.held.numel, live + reuse + 2 * largest)
     assert found.gathered <= found.held
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    bucket=st.sampled_from([1000, 100_000, 10_000_000]),
+    reuse=st.sampled_from([0, 100_000, 10**9]),
+    pipeline=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    tied=st.booleans(),
+)
+def test_microbatches_that_repeat_are_counted_as_if_followed(
+    bucket: int, reuse: int, pipeline: tuple[int, int], tied: bool
+) -> None:
+    depth, chunks = pipeline
+    view = small_view(
+        **{
+            "zero.bucket_size": bucket,
+            "parallel.pipeline": depth,
+            "parallel.virtual_pipeline": chunks,
+            "model.tie_embeddings": tied,
+        }
+    )
+    limits = WholeLimits(reuse, reuse + bucket)
+    followed = live_module._gathered(view, 24, limits)
+    assert Counter(gathered_parameters(view, 24, limits)) == followed
 
 
 def test_the_start_holds_the_share_and_one_whole_parameter() -> None:
