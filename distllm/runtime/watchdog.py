@@ -104,7 +104,7 @@ class Watchdog:
         self._notice = Notice(place.folder)
         self._busy = BusyTime()
         self._named: set[int] = set()
-        self._is_ending = self._has_said = False
+        self._is_ending = self._has_said = self._is_armed = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -151,11 +151,13 @@ class Watchdog:
         next_beat, next_look = 0.0, now + STRAGGLER_BEATS * self._beat_seconds
         while not self._stopped.wait(SAMPLE_SECONDS):
             self._busy.sample(self._activity.step, collective_of(main_thread_frames()) is None)
+            patience = max(self._hang_seconds, self._activity.patience_seconds)
+            if self._is_armed == math.isinf(patience):
+                self._arm_faulthandler(patience)  # at once: after the next step this thread may not run again
             if (now := time.monotonic()) < next_beat:
                 continue
             next_beat = now + self._beat_seconds
             self._end_with_others()
-            patience = max(self._hang_seconds, self._activity.patience_seconds)
             if self._activity.idle_seconds > patience:
                 self._end_hang()
             self._end_if_asked_in_vain()
@@ -167,7 +169,8 @@ class Watchdog:
 
     def _arm_faulthandler(self, patience: float) -> None:
         """Set the deadline that needs no interpreter: after our own, whose report covers all ranks."""
-        if math.isinf(patience):
+        self._is_armed = not math.isinf(patience)
+        if not self._is_armed:
             faulthandler.cancel_dump_traceback_later()
         else:
             until_verdict = self._stale_seconds + (LAST_IN_LINE + 4) * self._beat_seconds

@@ -75,7 +75,7 @@ def test_a_stuck_rank_is_named(folder: Path) -> None:
 
 
 def hold_the_lock() -> None:
-    """In step 6 the training thread of rank 1 makes a call that does not give the interpreter's lock back."""
+    """After the first step the training thread of rank 1 makes a call that keeps the interpreter."""
     import ctypes
     import importlib
     import os
@@ -84,7 +84,7 @@ def hold_the_lock() -> None:
     take_step = loop.take_step
 
     def holding(job: Any, state: Any, allowed: Any) -> Any:
-        if state.step == 6 and os.environ["RANK"] == "1":
+        if state.step == 1 and os.environ["RANK"] == "1":
             ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the lock during the call
         return take_step(job, state, allowed)
 
@@ -97,7 +97,7 @@ def test_a_rank_that_holds_the_interpreter_is_named(folder: Path) -> None:
     with ForkedJob(folder, "train", *RUN, "run.dir=lock", num_ranks=2, sabotage=hold_the_lock) as job:
         ends = job.wait(90)
     assert {end.exit_code for end in ends} == {1}
-    found = verdict(folder / "lock", step=6)
+    found = verdict(folder / "lock", step=1)
     assert found["suspects"] == [1]
     assert "Timeout" in ends[1].stderr
     assert "in holding" in ends[1].stderr
