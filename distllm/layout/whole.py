@@ -13,7 +13,7 @@ class WholeLimits:
     """DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters.
 
     Its defaults, 1e9 elements each, keep all of a smaller model whole between its uses, and make a step look
-    through the whole step for the next use of each module: with 12 layers and 32 microbatches for minutes.
+    through the whole step for the next use of each module, in time that grows with its square.
 
     reuse: a parameter stays if it is used again before as many elements of others are.
     live: no more is gathered ahead of use once as many are whole.
