@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
-from deepspeed.utils import safe_set_full_grad
+from deepspeed.utils import numa, safe_set_full_grad
 from torch import Tensor, nn
 
 from distllm.engine.engine import StepGate
@@ -28,6 +29,13 @@ def quieten() -> None:
     deepspeed_comm.build_shm_op = lambda: None  # type: ignore[attr-defined]
     # BF16_Optimizer prints the memory usage at every stage of its construction (force=True).
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+
+
+def count_cores_once() -> None:
+    """Keep the answer of `numactl`: the CPU accelerator starts it anew for each number of devices asked for,
+    and ZeRO 3 asks with every bucket of gradients (a fork of the rank each time, a tenth of a small step)."""
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
 def count_replicas_once(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distllm.config.schema import Config
 from distllm.engine.deepspeed_quirks import (
     NormJudge,
+    count_cores_once,
     count_replicas_once,
     forward_in_flight_counters,
     mask_norms_on_the_device,
@@ -53,6 +54,7 @@ class ZeroEngine(Engine):
         objective: Objective,
     ) -> None:
         quieten()
+        count_cores_once()
         mask_norms_on_the_device()
         self.zero_stage: int = config.zero.stage
         self.is_offloaded = config.zero.offload_optimizer
