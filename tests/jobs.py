@@ -17,8 +17,9 @@ from typing import Any
 import reference
 import torch
 from deepspeed.utils import safe_get_full_grad
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from distllm.config import compose
+from distllm.config import compose, validate
 from distllm.config.schema import Config, Model
 from distllm.engine.engine import Engine, StepResult
 from distllm.engine.microbatch import Microbatch
@@ -41,7 +42,7 @@ SMALL_JOB = (
     "model=tiny",
     "tokenizer=bytes",
     "train.global_batch_size=16",
-    "train.micro_batch_size=2",
+    "train.micro_batch_size=4",  # 4 microbatches without data parallelism, 2 with two ranks
     "optimizer.lr=0.003",
     "optimizer.epsilon=1e-6",
     "optimizer.clip_grad=0.3",  # below the norms that occur: clipping is active
@@ -76,24 +77,31 @@ def even_weights(labels: torch.Tensor) -> torch.Tensor:
 
 
 def make_config(*overrides: str) -> Config:
-    """The small job with overrides, composed as on the command line; once in a session of tests, for all
-    ranks, since composing takes longer than training a step."""
-    place = (*overrides, os.environ.get("WORLD_SIZE", "1"))
-    file = Path(os.environ.get(CONFIGS, "nowhere"), hashlib.sha256(repr(place).encode()).hexdigest())
+    """The small job with overrides, as composed from the command line. Hydra, which takes longer than training
+    a step, composes each choice of groups once in a session of tests, for all ranks."""
+    texts = [*SMALL_JOB, *overrides]
+    settings = [text for text in texts if "." in text.partition("=")[0]]
+    request = compose.parse("train", [text for text in texts if text not in settings])
+    values = pickle.loads(_composed(request))
+    for text in settings:
+        override = OverridesParser.create().parse_override(text)
+        section, setting = override.key_or_group.split(".")
+        values[section][setting] = override.value()
+    return validate.job(values, [], dict, request.verb, request.world_size)
+
+
+def _composed(request: compose.Request) -> bytes:
+    """The values of a request, pickled; from a file if any rank has composed it before."""
+    file = Path(os.environ.get(CONFIGS, "nowhere"), hashlib.sha256(repr(request.overrides).encode()).hexdigest())
     if not file.parent.is_dir():  # in no session of tests
-        return _compose(overrides)
+        return pickle.dumps(compose.values_of(request)[0])
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one rank composes while the others wait for it
         if not file.is_file():
             partial = file.with_suffix(".partial")
-            partial.write_bytes(pickle.dumps(_compose(overrides)))
+            partial.write_bytes(pickle.dumps(compose.values_of(request)[0]))
             partial.rename(file)
-    config: Config = pickle.loads(file.read_bytes())
-    return config
-
-
-def _compose(overrides: tuple[str, ...]) -> Config:
-    return compose.load(compose.parse("train", [*SMALL_JOB, *overrides]))
+    return file.read_bytes()
 
 
 def global_batch(step: int, config: Config) -> torch.Tensor:

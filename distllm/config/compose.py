@@ -117,14 +117,18 @@ def parse(name: str, arguments: Sequence[str]) -> Request:
 
 def load(request: Request) -> Config:
     """Return the job's config, equal on every rank; a `UserError` lists every problem of it."""
-    loader = _loader(request)
-    composed, problems = _compose(loader, request)
-    values = _plain(composed, problems)
+    values, problems = values_of(request)
 
     def defaults() -> dict[str, Any]:
-        return _plain(_load(loader, request, []), [])
+        return _plain(_load(_loader(request), request, []), [])
 
     return validate.job(values, problems, defaults, request.verb, request.world_size)
+
+
+def values_of(request: Request) -> tuple[dict[str, Any], list[Problem]]:
+    """Return {section: {setting: value}} as composed, not checked yet, and the overrides' problems."""
+    composed, problems = _compose(_loader(request), request)
+    return _plain(composed, problems), problems
 
 
 def show(request: Request, title: str) -> None:

@@ -95,12 +95,16 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
     return [LONG, *([pytest.mark.nightly] if is_repeated else [])] if LAYOUTS[name][0] > 2 else []
 
 
+@pytest.mark.parametrize("kind", ["fp32 accumulates", pytest.param("bf16 accumulates", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in LAYOUTS])
-def test_every_call_and_byte_is_predicted(name: str) -> None:
-    """Each stage in fp32 and bf16, with two microbatches (or four) and, where the schedule allows it, one."""
+def test_every_call_and_byte_is_predicted(name: str, kind: str) -> None:
+    """Each stage with two microbatches (or four) and, where the schedule allows it, one; each in both precisions,
+    half of them at night."""
     world_size, layout = LAYOUTS[name]
     degree = 2 ** sum(o in layout for o in (TP, PP)) * (4 if name == "PP4" else 1)
     dp_size = world_size // degree
+    precisions = ("train.precision=fp32", BF16)
+    several, one = precisions if kind == "fp32 accumulates" else reversed(precisions)
     cases = [
         (
             f"zero.stage={stage}",
@@ -110,8 +114,7 @@ def test_every_call_and_byte_is_predicted(name: str) -> None:
             SMALL_BATCH,
         )
         for stage in (0, 1, 2, 3)
-        for precision in ("train.precision=fp32", BF16)
-        for number in (1, 2)
+        for precision, number in ((several, 2), (one, 1))
         if not (number == 1 and INTERLEAVED in layout)
     ]
     check(world_size, cases)

@@ -6,6 +6,9 @@ gradients of the first, all weights after the last. Tolerances: see jobs.assert_
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import jobs
 import pytest
 from harness import run_ranks
@@ -90,9 +93,21 @@ def test_every_stage_untied(name: str, untied: jobs.Trace) -> None:
     check(world_size, layout, {(): untied}, stages=(0, 1, 2, 3))
 
 
+def by_day_and_at_night(names: Iterable[str]) -> list[Any]:
+    """Each with one of the stages 1 to 3 in turn by day, with the three others at night."""
+    cases = []
+    for index, name in enumerate(names):
+        by_day = 1 + index % 3
+        others = tuple(stage for stage in range(4) if stage != by_day)
+        cases += [
+            pytest.param(name, (by_day,), id=f"{name}, stage {by_day}"),
+            pytest.param(name, others, id=f"{name}, other stages", marks=pytest.mark.nightly),
+        ]
+    return cases
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("stages", [(1, 3), pytest.param((0, 2), marks=pytest.mark.nightly)], ids=str)
-@pytest.mark.parametrize("name", MORE_LAYOUTS)
+@pytest.mark.parametrize(("name", "stages"), by_day_and_at_night(MORE_LAYOUTS))
 def test_more_of_the_layouts(name: str, stages: tuple[int, ...], tied: jobs.Trace) -> None:
     world_size, layout = MORE_LAYOUTS[name]
     check(world_size, layout, {(TIED,): tied}, stages=stages)
