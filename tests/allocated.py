@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine
-from distllm.engine.replicated import ReplicatedEngine
+from distllm.engine.flat import FlatEngine
 from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Coordinates
 from distllm.plan.gradients import update_gradients
@@ -119,7 +119,7 @@ class _Watch:
         self.is_offloaded, self.stage = config.zero.offload_optimizer, config.zero.stage
         self.is_update = False
         self.zero: Any = engine.zero_optimizer if isinstance(engine, ZeroEngine) else None
-        self.optimizer = self.zero.optimizer if self.zero else _replicated(engine).optimizer
+        self.optimizer = self.zero.optimizer if self.zero else _flat(engine).optimizer
         for parameter in engine.places:
             parameter.register_post_accumulate_grad_hook(lambda _: self.sample())
         _wrap(engine, "_optimizer_step", before=self.begin_update)
@@ -166,7 +166,7 @@ class _Watch:
 
     def owners(self) -> list[Tensor]:
         if self.zero is None:
-            return [m for p, m in _replicated(self.engine).masters.items() if m is not p]
+            return [p.master for p in _flat(self.engine).pieces if p.master.dtype != p.working.dtype]
         return list(tensors_in(self.kept(OWNERS)))
 
     def states(self) -> Storages:
@@ -185,7 +185,7 @@ class _Watch:
     def gradients(self, with_parameters: bool = True) -> list[Any]:
         found = [self.kept(GRADIENTS), [owner.grad for owner in self.owners()]]
         if self.zero is None:
-            found.append([_replicated(self.engine).flat_gradient])
+            found.append(_flat(self.engine).flat_gradients)
         for p in self.engine.places if with_parameters else ():
             found.append([p.grad, getattr(p, "grad_accum", None), getattr(p, "_hp_grad", None)])
         return found
@@ -244,8 +244,8 @@ def _live_tensors() -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.device.type != "meta"]
 
 
-def _replicated(engine: Engine) -> ReplicatedEngine:
-    assert isinstance(engine, ReplicatedEngine), f"no way is known to the states of {type(engine)}"
+def _flat(engine: Engine) -> FlatEngine:
+    assert isinstance(engine, FlatEngine), f"no way is known to the states of {type(engine)}"
     return engine
 
 

@@ -22,12 +22,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from distllm.config import compose, validate
 from distllm.config.schema import Config, Model
 from distllm.engine.engine import Engine, StepResult
+from distllm.engine.flat import FlatEngine
 from distllm.engine.microbatch import Microbatch
-from distllm.engine.replicated import ReplicatedEngine
 from distllm.engine.zero import ZeroEngine
 from distllm.layout.grid import Grid
 from distllm.layout.groups import Groups, create_groups, release_groups
-from distllm.layout.place import Box
+from distllm.layout.place import Box, Place
 from distllm.objectives import create_objective
 from distllm.trainer.build import build_engine as build
 
@@ -77,8 +77,11 @@ def even_weights(labels: torch.Tensor) -> torch.Tensor:
 
 
 def make_config(*overrides: str) -> Config:
-    """The small job with overrides, as composed from the command line. Hydra, which takes longer than training
-    a step, composes each choice of groups once in a session of tests, for all ranks."""
+    """The small job with overrides, as composed from the command line.
+
+    Hydra takes longer than a step of training: it composes each choice of groups once in a session of tests,
+    for all ranks.
+    """
     texts = [*SMALL_JOB, *overrides]
     settings = [text for text in texts if "." in text.partition("=")[0]]
     request = compose.parse("train", [text for text in texts if text not in settings])
@@ -92,7 +95,9 @@ def make_config(*overrides: str) -> Config:
 
 def _composed(request: compose.Request) -> bytes:
     """The values of a request, pickled; from a file if any rank has composed it before."""
-    file = Path(os.environ.get(CONFIGS, "nowhere"), hashlib.sha256(repr(request.overrides).encode()).hexdigest())
+    file = Path(
+        os.environ.get(CONFIGS, "nowhere"), hashlib.sha256(repr(request.overrides).encode()).hexdigest()
+    )
     if not file.parent.is_dir():  # in no session of tests
         return pickle.dumps(compose.values_of(request)[0])
     with file.with_suffix(".lock").open("w") as lock:
@@ -184,21 +189,25 @@ def captured_gradients(engine: Engine) -> Iterator[Pieces]:
     """This rank's gradients of the step inside, complete and not yet clipped."""
     pieces: Pieces = []
 
-    def capture(gradient_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> None:
-        for parameter, place in engine.places.items():
-            flat = gradient_of(parameter).detach().float().flatten().to("cpu", copy=True)
-            pieces.append((place.name, place.global_shape, place.boxes(0, flat.numel()), flat))
+    def capture(place: Place, start: int, gradient: torch.Tensor) -> None:
+        flat = gradient.detach().float().flatten().to("cpu", copy=True)
+        pieces.append((place.name, place.global_shape, place.boxes(start, start + flat.numel()), flat))
 
-    if isinstance(engine, ReplicatedEngine):
+    owner: Any
+    if isinstance(engine, FlatEngine):
         owner, method = engine, "_global_grad_norm"
-        source = engine.gradients.__getitem__
+        found = [(piece.place, piece.start, piece.gradient) for piece in engine.pieces]
+        parts = lambda: found  # noqa: E731
     else:
         assert isinstance(engine, ZeroEngine), f"no way is known to the gradients of {type(engine)}"
-        owner, method, source = engine.deepspeed, "step", safe_get_full_grad
+        owner, method = engine.deepspeed, "step"
+        places = engine.places
+        parts = lambda: [(place, 0, safe_get_full_grad(p)) for p, place in places.items()]  # noqa: E731
     original = getattr(owner, method)
 
     def capture_first() -> Any:
-        capture(source)
+        for part in parts():
+            capture(*part)
         return original()
 
     setattr(owner, method, capture_first)
@@ -249,9 +258,10 @@ def _put_together(mine: Pieces) -> dict[str, torch.Tensor]:
 def take_gradients(engine: Engine) -> dict[str, torch.Tensor]:
     """This rank's sums over backward passes at stage 0, by canonical name, in the shapes of parameters; the
     next sums begin at 0."""
-    assert isinstance(engine, ReplicatedEngine), "ZeRO keeps gradients elsewhere"
+    assert isinstance(engine, FlatEngine), "DeepSpeed keeps gradients elsewhere"
     taken = {place.name: engine.gradients[parameter].clone() for parameter, place in engine.places.items()}
-    engine.flat_gradient.zero_()
+    for flat in engine.flat_gradients:
+        flat.zero_()
     return taken
 
 

@@ -121,12 +121,13 @@ def zero_has_what_is_asked(config: Config, _: int) -> Iterator[Problem]:
         rule = "must be false for zero.stage=0, which keeps optimizer states whole, on the device"
         fix = "zero.offload_optimizer=false, or zero.stage=1"
         yield Problem("zero.offload_optimizer", True, rule, fix)
-    if config.zero.stage == 1 and config.zero.overlap_comm and config.parallel.virtual_pipeline > 1:
+    is_offloaded = config.zero.stage == 1 and config.zero.offload_optimizer  # DeepSpeed's stage 1
+    if is_offloaded and config.zero.overlap_comm and config.parallel.virtual_pipeline > 1:
         # DeepSpeed 0.19.8 reduces during the backward pass of the last microbatch through one chunk only:
         # gradients of the other chunks are left out, and the loss is off in the third digit after three
         # steps.
         rule = (
-            "must be false for zero.stage=1 with interleaved chunks "
+            "must be false for zero.stage=1 with zero.offload_optimizer=true and interleaved chunks "
             f"(parallel.virtual_pipeline={config.parallel.virtual_pipeline}), whose gradients would get lost"
         )
         yield Problem("zero.overlap_comm", True, rule, "zero.overlap_comm=false, or zero.stage=2")

@@ -162,7 +162,8 @@ class Zero:
 
     stage: 0 partitions nothing, 1 optimizer states, 2 gradients too, 3 parameters too.
     bucket_size: elements per gradient reduction (and, for stage 3, per prefetch).
-    overlap_comm: reduce gradients while the backward pass continues.
+    overlap_comm: reduce gradients while the backward pass continues; at stage 1 also gather updated weights
+        while the next forward pass begins.
     persistence_threshold: stage 3 keeps parameters of at most this many elements unpartitioned.
     offload_optimizer: keep optimizer states and fp32 weights in host memory (stages 1 to 3).
     """

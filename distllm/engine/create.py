@@ -9,6 +9,7 @@ from torch import nn
 from distllm.config.schema import Config
 from distllm.engine.engine import Engine
 from distllm.engine.objective import Objective
+from distllm.layout.flat import is_flat
 from distllm.layout.groups import Groups
 from distllm.layout.place import Place
 
@@ -29,14 +30,16 @@ def create_engine(
     groups: Groups,
     objective: Objective,
 ) -> Engine:
-    """Create the engine of the configured ZeRO stage: our own for stage 0, DeepSpeed for stages 1 to 3.
+    """Create the engine of the configured ZeRO stage.
 
-    Stage 0 does not import DeepSpeed, which takes a second.
+    Our own for stages 0 and 1; DeepSpeed for stages 2 and 3, and for stage 1 with offloaded optimizer states.
+
+    Ours does not import DeepSpeed, which takes a second.
     """
-    if config.zero.stage == 0:
-        from distllm.engine.replicated import ReplicatedEngine
+    if is_flat(config.zero):
+        from distllm.engine.flat import FlatEngine
 
-        return ReplicatedEngine(chunks, places, config, groups, objective)
+        return FlatEngine(chunks, places, config, groups, objective)
     from distllm.engine.zero import ZeroEngine
 
     return ZeroEngine(chunks, places, config, groups, objective)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import numa, safe_set_full_grad
 from torch import Tensor, nn
 
@@ -20,15 +20,11 @@ from distllm.layout.place import Place
 
 
 def quieten() -> None:
-    """Switch off a compilation and a printout at start-up for which DeepSpeed has no setting."""
-    from deepspeed.runtime import bf16_optimizer
-
+    """Switch off a compilation at start-up for which DeepSpeed has no setting."""
     # By its full name: the attribute `torch` of deepspeed.comm is PyTorch.
     deepspeed_comm = importlib.import_module("deepspeed.comm.torch")
     # On CPUs it compiles a shared-memory all-reduce at start-up, for inference only, and prints that it did.
     deepspeed_comm.build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # BF16_Optimizer prints the memory usage at every stage of its construction (force=True).
-    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
 
 
 def count_cores_once() -> None:
@@ -116,10 +112,6 @@ def forward_in_flight_counters(module: nn.Module) -> list[tuple[Any, int]]:
 
 def set_tied_gradient(zero_optimizer: Any, parameter: Any, gradient: Tensor, is_primary: bool) -> None:
     """Write the whole gradient of a parameter to where ZeRO keeps it, and its norm if ZeRO keeps that too."""
-    if getattr(parameter, "_hp_grad", None) is not None:
-        # BF16_Optimizer (stage 1 with bf16 weights): its setter writes a buffer that nobody reads.
-        parameter._hp_grad.copy_(gradient.view_as(parameter._hp_grad))
-        return
     flat = gradient.flatten()
     if hasattr(parameter, "ds_id"):
         # Stage 3 narrows the value to the rank's part. Parts are padded, so the value must be padded, too.
@@ -149,7 +141,7 @@ def mask_norms_on_the_device() -> None:
 class NormJudge:
     """Asks the step gate between the gradient norm and the update, and prevents an update that it refuses.
 
-    DeepSpeed's three classes skip an update, and drop its gradients, when the norm is not finite. So they are
+    DeepSpeed's two classes skip an update, and drop its gradients, when the norm is not finite. So they are
     given infinity as the norm of a step that is refused. They read the norm several times, also after the
     update has begun; the norm that they are given lies in host memory, so that only the gate waits for the
     device.
@@ -163,25 +155,10 @@ class NormJudge:
         if zero_stage == 3:
             norm_groups = zero_optimizer._get_norm_groups
             zero_optimizer._get_norm_groups = lambda: [self._judged(combine_grad_norm_groups(norm_groups()))]
-        elif hasattr(zero_optimizer, "scaled_global_norm"):
+        else:
             global_norm = zero_optimizer.scaled_global_norm
             zero_optimizer.scaled_global_norm = lambda: self._judged(global_norm())
             zero_optimizer.check_overflow = self._note_overflow
-        else:
-            self._judge_bf16_optimizer(zero_optimizer)
-
-    def _judge_bf16_optimizer(self, zero_optimizer: Any) -> None:
-        module: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
-        step = zero_optimizer.step
-
-        def judged_norm(**arguments: Any) -> Tensor:
-            return self._judged(get_global_norm_of_tensors(**arguments))
-
-        def judged_step() -> None:
-            module.get_global_norm_of_tensors = judged_norm  # each time: other engines have their own
-            step()
-
-        zero_optimizer.step = judged_step
 
     def _note_overflow(self, partition_gradients: bool = True) -> None:
         """Note on the device whether any gradient of any rank is not finite.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,16 +13,14 @@ from distllm.optimizers import recipe_of
 
 
 def create_optimizer(
-    places: Mapping[nn.Parameter, Place],
-    masters: Mapping[nn.Parameter, nn.Parameter],
-    settings: Optimizer,
+    masters: Iterable[tuple[Place, nn.Parameter]], settings: Optimizer
 ) -> torch.optim.Optimizer:
     """Create the optimizer of `settings`, with the parameter groups of its recipe.
 
-    masters: what it updates for each parameter: an fp32 copy, or the parameter itself.
+    masters: what it updates, with the place of the parameter: fp32 copies of all or parts, or the parameters.
     """
     recipe = recipe_of(settings)
     groups: list[list[nn.Parameter]] = [[] for _ in range(recipe.num_groups)]
-    for parameter, place in places.items():
-        groups[recipe.group_of(place.is_decayed)].append(masters[parameter])
+    for place, master in masters:
+        groups[recipe.group_of(place.is_decayed)].append(master)
     return recipe.build(groups, settings)

@@ -2,61 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distllm.layout.flat import Bucket
+from distllm.layout.groups import Role
+
 
 class GradientReduction:
-    """All-reduces a flat gradient in buckets: one huge message would need a workspace of the same size.
+    """All-reduces buckets of gradients, or scatters their sums where ranks share the optimizer's states.
 
-    Parameters lie in the flat gradient in the order of the forward pass, so backward passes complete it from
-    its end. If communication is overlapped, a bucket is sent once the last backward pass of a step has
-    completed all gradients in it. Buckets are always sent from the last to the first, since all ranks must
-    send in the same order.
+    Buckets lie in the order of the forward pass, so backward passes complete them from the last. If
+    communication is overlapped, a bucket is sent once the last backward pass of a step has completed all
+    gradients in it. Buckets are always sent from the last to the first, since all ranks must send in the same
+    order.
     """
 
     def __init__(
         self,
-        flat_gradient: Tensor,
-        parameters: Mapping[nn.Parameter, range],
-        bucket_size: int,
-        group: dist.ProcessGroup,
+        buckets: Sequence[Bucket[nn.Parameter]],
+        gradients: Sequence[Tensor],
+        role: Role,
+        max_message_numel: int,
         is_overlapped: bool,
     ) -> None:
-        """Divide the flat gradient into buckets.
+        """Reduce over the ranks of `role`.
 
-        parameters: the elements of `flat_gradient` that belong to each.
-        bucket_size: in elements.
+        buckets: of one part, all-reduced, or as many as there are ranks: each gets the sum of its own.
+        gradients: [numel] of each bucket.
+        max_message_numel: all-reduces are cut, as a huge one would need a workspace of its size.
         """
-        self.flat_gradient = flat_gradient
-        self.group = group
-        self.is_overlapped = is_overlapped and group.size() > 1
-        self.buckets = flat_gradient.split(bucket_size) if group.size() > 1 else ()
-        self._buckets_of = {
-            parameter: range(where.start // bucket_size, (where.stop - 1) // bucket_size + 1)
-            for parameter, where in parameters.items()
-        }
-        self._num_parameters = [0] * len(self.buckets)
-        for parameter in parameters if self.buckets else ():
-            for bucket in self._buckets_of[parameter]:
-                self._num_parameters[bucket] += 1
+        assert all(bucket.num_parts in (1, role.size) for bucket in buckets), "a part for each rank, or one"
+        self.role = role
+        self.is_needed = role.size > 1
+        self.is_overlapped = is_overlapped and self.is_needed
+        self.max_message_numel = max_message_numel
+        self.buckets = buckets
+        self.gradients = gradients
+        self.owned = [flat[bucket.part(role.rank % bucket.num_parts)] for bucket, flat in self._pairs()]
+        self._bucket_of = {p: index for index, bucket in enumerate(buckets) for p in bucket.ranges}
         self._num_gradients_missing: list[int] = []
         self._unsent = 0  # buckets before this one are not sent yet
         self._sent: list[Any] = []
 
     def begin_step(self, num_microbatches: int) -> None:
-        self._num_gradients_missing = [num * num_microbatches for num in self._num_parameters]
+        self._num_gradients_missing = [len(bucket.ranges) * num_microbatches for bucket in self.buckets]
         self._unsent, self._sent = len(self.buckets), []
 
     def gradient_added(self, parameter: nn.Parameter) -> None:
-        """Note that a microbatch's gradient of `parameter` is in the flat gradient; send what is complete."""
+        """Note that a microbatch's gradient of `parameter` is in its bucket; send what is complete."""
         if not self.is_overlapped:
             return
-        for bucket in self._buckets_of[parameter]:
-            self._num_gradients_missing[bucket] -= 1
+        self._num_gradients_missing[self._bucket_of[parameter]] -= 1
         while self._unsent and self._num_gradients_missing[self._unsent - 1] == 0:
             self._send_next()
 
@@ -66,13 +66,25 @@ class GradientReduction:
         What is left: all buckets without overlap; with it, from the first bucket in the order of sending that
         holds a parameter without a gradient.
         """
+        if not self.is_needed:
+            return
         while self._unsent:
             self._send_next()
         for request in self._sent:
             request.wait()
-        if self.buckets:
-            self.flat_gradient.div_(self.group.size())
+        for owned in self.owned:
+            owned.div_(self.role.size)
+
+    def _pairs(self) -> Iterator[tuple[Bucket[nn.Parameter], Tensor]]:
+        return zip(self.buckets, self.gradients, strict=True)
 
     def _send_next(self) -> None:
         self._unsent -= 1
-        self._sent.append(dist.all_reduce(self.buckets[self._unsent], group=self.group, async_op=True))
+        index, group = self._unsent, self.role.group
+        if self.buckets[index].num_parts > 1:
+            # In place: this rank's part of the sum takes the place of its own part.
+            owned, whole = self.owned[index], self.gradients[index]
+            self._sent.append(dist.reduce_scatter_tensor(owned, whole, group=group, async_op=True))
+            return
+        for message in self.gradients[index].split(self.max_message_numel):
+            self._sent.append(dist.all_reduce(message, group=group, async_op=True))

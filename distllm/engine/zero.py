@@ -1,4 +1,4 @@
-"""ZeRO stages 1 to 3 under Megatron's schedules: the adapter around DeepSpeed 0.19.8.
+"""ZeRO stages 2 and 3, and 1 with offload, under Megatron's schedules: the adapter around DeepSpeed 0.19.8.
 
 One DeepSpeed engine wraps all chunks of a rank. Every departure from DeepSpeed's normal use is a method here
 whose docstring names the problem that it avoids; tests switch them off one by one and see a job go wrong.
@@ -59,7 +59,7 @@ class ZeroEngine(Engine):
         self.zero_stage: int = config.zero.stage
         self.is_offloaded = config.zero.offload_optimizer
         self.tied = tied_copy(places, groups, config.model.tie_embeddings)
-        optimizer = create_optimizer(places, {p: p for p in places}, config.optimizer)
+        optimizer = create_optimizer([(place, p) for p, place in places.items()], config.optimizer)
         stages = [_Stage(self, index, chunk) for index, chunk in enumerate(chunks)]
         super().__init__(stages, places, groups, objective)
         self.deepspeed, self.zero_optimizer, _, _ = deepspeed.initialize(
@@ -247,8 +247,7 @@ def deepspeed_config(
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     if config.train.precision == "bf16":
-        # BF16_Optimizer (stage 1) would keep all bf16 gradients beside their fp32 sums until the step.
-        result["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation}
         # The default is bf16, in whatever dtype gradients were accumulated.
         result["communication_data_type"] = config.train.gradient_accumulation

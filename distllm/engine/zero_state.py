@@ -2,8 +2,8 @@
 
 DeepSpeed flattens the parameters of a group into one buffer and gives each data-parallel rank a range of it.
 The rank's range is one fp32 tensor, here called the *owner*: it is what the inner optimizer updates, and the
-optimizer's states for it have its shape. So what a rank holds of a parameter is a range of an owner. Three
-classes of DeepSpeed record these ranges in three ways; each has its function below.
+optimizer's states for it have its shape. So what a rank holds of a parameter is a range of an owner. Two
+classes of DeepSpeed record these ranges in two ways; each has its function below.
 """
 
 from __future__ import annotations
@@ -65,10 +65,8 @@ def state_owners(zero_optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]
     """
     if _is_stage_3(zero_optimizer):
         owners = zero_optimizer.fp32_partitioned_groups_flat
-    elif hasattr(zero_optimizer, "round_robin_bit16_groups"):
-        owners = zero_optimizer.single_partition_of_fp32_groups
     else:
-        owners = zero_optimizer.fp32_groups_flat_partition
+        owners = zero_optimizer.single_partition_of_fp32_groups
     for owner in owners:
         yield owner, zero_optimizer.optimizer.state[owner]
 
@@ -84,8 +82,6 @@ def refresh_working_weights(zero_optimizer: Any) -> None:
             zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
         zero_optimizer.checkpoint_event_epilogue()
         return
-    if hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state"):
-        zero_optimizer._lazy_init_hp_params_optimizer_state()
     zero_optimizer.update_lp_params()
 
 
@@ -93,9 +89,7 @@ def owned_range(zero_optimizer: Any, parameter: nn.Parameter) -> OwnedRange | No
     """Return which part of `parameter` this rank holds, and where; None if it holds nothing of it."""
     if _is_stage_3(zero_optimizer):
         return _range_stage_3(zero_optimizer, parameter)
-    if hasattr(zero_optimizer, "round_robin_bit16_groups"):
-        return _range_stage_1_and_2(zero_optimizer, parameter)
-    return _range_bf16_optimizer(zero_optimizer, parameter)
+    return _range_stage_1_and_2(zero_optimizer, parameter)
 
 
 def _is_stage_3(zero_optimizer: Any) -> bool:
@@ -142,16 +136,3 @@ def _offsets_stage_1_and_2(zero_optimizer: Any) -> dict[nn.Parameter, tuple[int,
         )
         for parameter, offset in zip(parameters, offsets, strict=True)
     }
-
-
-def _range_bf16_optimizer(zero_optimizer: Any, parameter: Any) -> OwnedRange | None:
-    """Return the range under BF16_Optimizer.
-
-    DeepSpeed uses that class for stage 1 with bf16 weights and fp32 gradients.
-    """
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    address = mapping.lp_fragment_address
-    owner = zero_optimizer.fp32_groups_flat_partition[mapping.param_group_index]
-    return OwnedRange(address.start, address.start + address.numel, owner, mapping.hp_fragment_address.start)

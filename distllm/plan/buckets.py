@@ -1,7 +1,7 @@
 """Memory for gradients on their way: buckets, copies that are sent, and the one just computed. Pure.
 
-As DeepSpeed 0.19.8 allocates them (deepspeed/runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py).
-Stage 0 reduces its flat gradient in place (engine/reduction.py) and has no bucket.
+As DeepSpeed 0.19.8 allocates them (deepspeed/runtime/zero/stage_1_and_2.py, stage3.py). Our stages 0 and 1
+reduce the buckets in which gradients are kept, in place (engine/reduction.py).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from distllm.plan.gradients import BYTES, is_bf16_optimizer
+from distllm.layout.flat import is_flat
+from distllm.plan.gradients import BYTES
 from distllm.plan.rank_view import RankView
 from distllm.plan.zero_communication import (
-    BF16_OPTIMIZER_BUCKET,
     backward_order,
     buckets_of,
     messages_of,
@@ -24,10 +24,10 @@ def bucket_bytes(view: RankView) -> int:
     """Return bytes of the buckets into which gradients are copied: they stay while a step runs.
 
     Stages 1 and 2: `setup_buckets`, two of them where communication overlaps. Stage 3: one, in the type that
-    is sent. BF16_Optimizer sends its gradients without any.
+    is sent.
     """
     zero, train = view.config.zero, view.config.train
-    if zero.stage == 0 or is_bf16_optimizer(view.config):
+    if is_flat(zero):
         return 0
     if zero.stage == 3:
         return zero.bucket_size * BYTES[train.gradient_accumulation]
@@ -45,11 +45,9 @@ def sent_copies(view: RankView) -> int:
     """
     zero, train = view.config.zero, view.config.train
     sent, working = BYTES[train.gradient_accumulation], BYTES[train.precision]
-    if zero.stage == 0 or view.dp_size == 1:
+    if is_flat(zero) or view.dp_size == 1:
         return 0
     sizes = _sizes(view)
-    if is_bf16_optimizer(view.config):
-        return sent * max(messages_of(sizes.values(), BF16_OPTIMIZER_BUCKET))
     cast = sent if sent != working else 0
     if zero.stage == 3:
         return max(
@@ -70,15 +68,15 @@ def sent_copies(view: RankView) -> int:
 def computed_gradient(view: RankView) -> int:
     """Return bytes of the largest gradient that autograd has computed and nobody has taken over yet.
 
-    Stages 0 and 1 take it at once; the embedding's comes when the activations are gone, and the output
-    layer's is counted with the loss. DeepSpeed's stage 1 without BF16_Optimizer keeps all of them, counted as
-    such. Stages 2 and 3 keep one that is larger than a bucket until it is sent.
+    Our stages 0 and 1 take it at once; the embedding's comes when the activations are gone, and the output
+    layer's is counted with the loss. DeepSpeed's stage 1 keeps all of them, counted as such. Stages 2 and 3
+    keep one that is larger than a bucket until it is sent.
     """
-    working, stage = BYTES[view.config.train.precision], view.config.zero.stage
-    if stage == 1 and not is_bf16_optimizer(view.config):
+    working, zero = BYTES[view.config.train.precision], view.config.zero
+    if zero.stage == 1 and not is_flat(zero):
         return 0
     sizes = _sizes(view)
-    if stage < 2:
+    if is_flat(zero):
         sizes = {name: size for name, size in sizes.items() if name.startswith("decoder.")}
     return working * max(sizes.values(), default=0)
 

@@ -2,7 +2,7 @@
 
 Each rank writes its part of a parameter as boxes, once for the weight and once for each state of the
 optimizer. A box, here a chunk, is an entry in the `.metadata` of its module, and a reader holds those of one
-module at a time. ZeRO partitions as DeepSpeed 0.19.8 does; tests/ranks/test_checkpoint_metadata.py compares
+module at a time. ZeRO partitions as in plan/partition.py; tests/ranks/test_checkpoint_metadata.py compares
 with what ranks write.
 """
 
@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from distllm.config.schema import Config
+from distllm.layout.flat import is_flat
 from distllm.layout.grid import Grid
 from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.layout.place import Shape, flat_range_boxes, module_of
 from distllm.plan.held import Held
-from distllm.plan.partition import group_partitions
+from distllm.plan.partition import flat_buckets, group_partitions
 from distllm.plan.rank_view import rank_views
 
 # As measured (at most 2,250 and 211) and rounded up. In memory: at the peak, while it is unpickled; half of
@@ -31,7 +32,7 @@ def chunks_by_module(config: Config, vocab_size: int, grid: Grid) -> Counter[str
     """Count the entries in the metadata of each module, all ranks and states together."""
     chunks: Counter[str] = Counter()
     for view in rank_views(config, vocab_size, grid):
-        ranges = zero_ranges(view.held, config.zero.stage, view.dp_size)
+        ranges = zero_ranges(config, view.held, view.dp_size)
         for name, entry in view.table.items():
             if name == WORD_EMBEDDINGS and not view.stage.is_first:
                 continue  # the tied copy, which the first pipeline stage writes
@@ -42,9 +43,17 @@ def chunks_by_module(config: Config, vocab_size: int, grid: Grid) -> Counter[str
     return chunks
 
 
-def zero_ranges(held: Held, zero_stage: int, dp_size: int) -> Mapping[str, list[tuple[int, int]]]:
+def zero_ranges(config: Config, held: Held, dp_size: int) -> Mapping[str, list[tuple[int, int]]]:
     """Return flat [start, stop) of each parameter, one range for each data-parallel rank that writes it."""
     sizes = {name: math.prod(shape) for name, shape in held.shapes.items()}
+    zero_stage = config.zero.stage
+    if zero_stage == 1 and is_flat(config.zero):
+        buckets = flat_buckets(config, held, dp_size)
+        pieces = [piece for b in buckets for part in range(b.num_parts) for piece in b.pieces(part)]
+        flat: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
+        for name, elements in pieces:
+            flat[name].append((elements.start, elements.stop))
+        return flat
     if zero_stage == 0:  # whole, by one of the replicas
         return {name: [(0, numel)] for name, numel in sizes.items()}
     if zero_stage == 3:
@@ -66,7 +75,7 @@ def _equal_parts(numel: int, dp_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _cuts(offset: int, numel: int, part: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a parameter at `offset` under ZeRO-1 and ZeRO-2.
+    """Yield the ranges of a parameter at `offset` under DeepSpeed's ZeRO-1 and ZeRO-2.
 
     They cut the flat group every `part` elements.
     """

@@ -130,7 +130,8 @@ class _Least:
 
 def _states_per_parameter(config: Config, zero_stage: int) -> int:
     tensors = recipe_of(config.optimizer).tensors_per_parameter
-    return tensors - (zero_stage == 0 and config.train.precision == "fp32")  # no copy of the weights
+    is_kept_once = zero_stage < 2 and config.train.precision == "fp32"  # no copy of the weights
+    return tensors - is_kept_once
 
 
 @lru_cache(maxsize=32)

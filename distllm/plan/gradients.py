@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 
 from distllm.config.schema import Config
+from distllm.layout.flat import is_flat
 from distllm.plan.held import Held
 from distllm.plan.partition import group_partitions, partition_numel, spanned_numel
 
@@ -31,14 +32,12 @@ BYTES = {"fp32": 4, "bf16": 2}
 def backward_gradients(config: Config, held: Held, dp_size: int) -> int:
     """Return the most bytes on the device for the parameters `held` while activations exist."""
     zero_stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
-    if zero_stage == 0:
-        return size * held.numel
-    if zero_stage == 1:
+    if zero_stage < 2:
         return size * held.numel
     if zero_stage == 3:
-        return 0 if config.zero.offload_optimizer else size * partition_numel(held, 3, dp_size)
+        return 0 if config.zero.offload_optimizer else size * partition_numel(config, held, dp_size)
     if is_mixed(config):
-        return size * partition_numel(held, 2, dp_size)
+        return size * partition_numel(config, held, dp_size)
     if config.zero.offload_optimizer:
         return 0
     return _buffers(config, dp_size) * size * spanned_numel(held, dp_size)
@@ -48,24 +47,24 @@ def update_gradients(config: Config, held: Held, dp_size: int) -> int:
     """Return the most bytes on the device while the optimizer updates, from the last reduction on."""
     zero_stage, size = config.zero.stage, BYTES[config.train.gradient_accumulation]
     whole = size * held.numel
-    if zero_stage == 0:
-        return whole + (0 if size == BYTES["fp32"] else BYTES["fp32"] * held.numel)
-    if is_bf16_optimizer(config):
-        return backward_gradients(config, held, dp_size)
+    if is_flat(config.zero):
+        return whole + (
+            0 if size == BYTES["fp32"] else BYTES["fp32"] * partition_numel(config, held, dp_size)
+        )
     if config.zero.offload_optimizer or (zero_stage == 2 and is_mixed(config)):
-        part = size * partition_numel(held, zero_stage, dp_size) if is_mixed(config) and zero_stage < 3 else 0
+        part = size * partition_numel(config, held, dp_size) if is_mixed(config) and zero_stage < 3 else 0
         return part + (whole if zero_stage == 1 else 0)
     flat_copy = BYTES["fp32"] * max(group_partitions(held, zero_stage, dp_size))
     if zero_stage == 3:
-        return size * partition_numel(held, 3, dp_size) + flat_copy
+        return size * partition_numel(config, held, dp_size) + flat_copy
     collected = size * spanned_numel(held, dp_size)
-    return collected + max(flat_copy, whole if zero_stage == 1 else 0)
+    return collected + flat_copy
 
 
 def host_bytes(config: Config, held: Held, dp_size: int) -> int:
     """Return bytes in host memory beside offloaded states: gradients and staging buffers."""
     zero_stage, working = config.zero.stage, BYTES[config.train.precision]
-    part = partition_numel(held, zero_stage, dp_size)
+    part = partition_numel(config, held, dp_size)
     fp32_gradients = BYTES["fp32"] * part
     if zero_stage == 3:
         return fp32_gradients + BYTES[config.train.gradient_accumulation] * part
@@ -77,11 +76,6 @@ def host_bytes(config: Config, held: Held, dp_size: int) -> int:
 def is_mixed(config: Config) -> bool:
     """Return whether gradients have higher precision than weights."""
     return config.train.precision != config.train.gradient_accumulation
-
-
-def is_bf16_optimizer(config: Config) -> bool:
-    """Return whether DeepSpeed uses BF16_Optimizer: ZeRO-1, bf16 weights, fp32 gradients, no offload."""
-    return config.zero.stage == 1 and is_mixed(config) and not config.zero.offload_optimizer
 
 
 def _buffers(config: Config, dp_size: int) -> int:

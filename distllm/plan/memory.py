@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from distllm.config.schema import Config
+from distllm.layout.flat import is_flat
 from distllm.layout.grid import Grid
 from distllm.model.loss_chunks import tokens_per_chunk
 from distllm.optimizers import recipe_of
@@ -99,16 +100,14 @@ def model_states(config: Config, held: Held, dp_size: int) -> tuple[int, int, in
     The paper's formulae with DeepSpeed's padding, without the further gradients that it keeps.
     """
     zero_stage, is_fp32 = config.zero.stage, config.train.precision == "fp32"
-    whole, part = held.numel, partition_numel(held, zero_stage, dp_size)
+    whole, part = held.numel, partition_numel(config, held, dp_size)
     threshold = config.zero.persistence_threshold
     persistent = sum(n for n in map(math.prod, held.shapes.values()) if n <= threshold)
     weights = part + persistent if zero_stage == 3 else whole
     gradients = part if zero_stage >= 2 else whole
     fp32_states = recipe_of(config.optimizer).tensors_per_parameter
-    if zero_stage == 0 and is_fp32:
-        fp32_states -= (
-            1  # updates the weights themselves; all others keep an fp32 copy beside the working ones
-        )
+    if is_flat(config.zero) and is_fp32:
+        fp32_states -= 1  # updates the weights themselves; DeepSpeed keeps a copy beside the working ones
     return (
         BYTES[config.train.precision] * weights,
         BYTES[config.train.gradient_accumulation] * gradients,

@@ -1,25 +1,40 @@
-"""How ZeRO partitions a rank's parameters over the data-parallel ranks, as DeepSpeed 0.19.8 does. Pure."""
+"""How ZeRO partitions a rank's parameters over the data-parallel ranks. Pure.
+
+As engine/flat.py does, or DeepSpeed 0.19.8.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
+from math import prod
 
+from distllm.config.schema import Config
+from distllm.layout.flat import Bucket, is_flat, pack
+from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.plan.held import Held
 
 # DeepSpeed makes every partition of stages 1 and 2 a multiple of two elements (nccl_start_alignment_factor).
 ALIGNMENT = 2
 
 
-def partition_numel(held: Held, zero_stage: int, dp_size: int) -> int:
+def partition_numel(config: Config, held: Held, dp_size: int) -> int:
     """Return the elements of one data-parallel rank's partition, with padding; all of them at stage 0."""
-    if zero_stage == 0:
-        return held.numel
-    return sum(group_partitions(held, zero_stage, dp_size))
+    if is_flat(config.zero):
+        return sum(bucket.part_numel for bucket in flat_buckets(config, held, dp_size))
+    return sum(group_partitions(held, config.zero.stage, dp_size))
+
+
+def flat_buckets(config: Config, held: Held, dp_size: int) -> list[Bucket[str]]:
+    """Return the buckets of engine/flat.py."""
+    sizes = {name: prod(shape) for name, shape in held.shapes.items()}
+    is_copied = config.model.tie_embeddings and config.parallel.pipeline > 1
+    num_parts = dp_size if config.zero.stage == 1 else 1
+    return pack(sizes, config.zero.bucket_size, num_parts, (WORD_EMBEDDINGS,) if is_copied else ())
 
 
 def group_partitions(held: Held, zero_stage: int, dp_size: int) -> list[int]:
-    """Return the elements of a partition in each of the optimizer's groups.
+    """Return the elements of a partition in each of the optimizer's groups, under DeepSpeed.
 
     ZeRO-1 and ZeRO-2 cut each group as one flat tensor, ZeRO-3 each parameter.
     """

@@ -1,10 +1,10 @@
 """The messages of the data-parallel group in one training step, by ZeRO stage. Pure.
 
 For a model of Psi elements Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count 2 Psi sent per rank
-and step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. DeepSpeed 0.19.8 differs at three
-points, which are predicted as they are: stages 1 and 2 all-reduce gradients instead of scattering them, 3 Psi
-in all, and stage 2 does so for every microbatch; stage 3 also scatters those of every microbatch, but keeps
-weights that are used again within 1e9 elements, so that small models are gathered once per step.
+and step without ZeRO and with stages 1 and 2, and 3 Psi with stage 3. Stages 0 and 1 (engine/flat.py) are as
+counted there. DeepSpeed 0.19.8 differs at two points, which are predicted as they are: stage 2, and stage 1
+with offloaded states, all-reduce gradients instead of scattering them, 3 Psi in all, and stage 2 does so for
+every microbatch; stage 3 also scatters those of every microbatch, and keeps weights that are used again soon.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from distllm.config.schema import Config
+from distllm.layout.flat import is_flat, pack
 from distllm.layout.parameter import WORD_EMBEDDINGS
 from distllm.layout.traffic import Amount, Transfer
 from distllm.optimizers import recipe_of
-from distllm.plan.gradients import BYTES, is_bf16_optimizer
+from distllm.plan.gradients import BYTES
 from distllm.plan.held import Held
 from distllm.plan.live import gathered_parameters
-from distllm.plan.partition import group_partitions
+from distllm.plan.partition import flat_buckets, group_partitions
 from distllm.plan.rank_view import RankView
 
 Part = tuple[Transfer, Amount]
 REDUCE, GATHER, SCATTER = (Transfer("data", kind) for kind in ("all_reduce", "all_gather", "reduce_scatter"))
-
-# MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py: the size of BF16_Optimizer's buckets, whatever
-# `zero.bucket_size` is.
-BF16_OPTIMIZER_BUCKET = 500_000_000
 
 
 def data_parallel_traffic(view: RankView) -> Iterator[Part]:
@@ -40,9 +37,15 @@ def data_parallel_traffic(view: RankView) -> Iterator[Part]:
     config, held, dp_size = view.config, view.held, view.dp_size
     zero, element = config.zero, BYTES[config.train.precision]
     gradient_element = BYTES[config.train.gradient_accumulation]
-    if zero.stage == 0:  # engine/replicated.py
-        calls = -(-held.numel // zero.bucket_size)
-        yield REDUCE, Amount(calls, held.numel * gradient_element)
+    if is_flat(zero):
+        buckets = flat_buckets(config, held, dp_size)
+        total = sum(bucket.numel for bucket in buckets)
+        if zero.stage == 1:
+            yield SCATTER, Amount(len(buckets), total * gradient_element)
+            yield GATHER, Amount(len(buckets), total * element)
+            return
+        calls = sum(-(-bucket.numel // zero.bucket_size) for bucket in buckets)
+        yield REDUCE, Amount(calls, total * gradient_element)
     elif zero.stage == 3:
         calls, total = _scattered(view)
         yield SCATTER, Amount(calls, total * gradient_element) * view.num_microbatches
@@ -59,13 +62,15 @@ def data_parallel_traffic(view: RankView) -> Iterator[Part]:
 def norm_reductions(config: Config) -> Iterator[Part]:
     """Yield the reductions of the gradient norm, and of the flag that a gradient is not finite.
 
-    Stage 0: engine/replicated.py. Stages 1 and 2: `get_grad_norm_direct` for each of the optimizer's groups,
-    and in bf16 the flag (engine/deepspeed_quirks.py). BF16_Optimizer: `get_global_norm_of_tensors`. Stage 3:
-    in fp64, but in fp32 where the states are offloaded.
+    Stages 0 and 1: engine/flat.py. DeepSpeed's stages 1 and 2: `get_grad_norm_direct` for each of the
+    optimizer's groups, and in bf16 the flag (engine/deepspeed_quirks.py). Stage 3: in fp64, but in fp32 where
+    the states are offloaded.
     """
     model = Transfer("model", "all_reduce")
     zero_stage, num_groups = config.zero.stage, recipe_of(config.optimizer).num_groups
-    if zero_stage == 0 or is_bf16_optimizer(config):
+    if is_flat(config.zero):
+        if zero_stage == 1:
+            yield REDUCE, Amount(1, 4)
         yield model, Amount(1, 4)
     else:
         size = 8 if zero_stage == 3 and not config.zero.offload_optimizer else 4
@@ -75,13 +80,19 @@ def norm_reductions(config: Config) -> Iterator[Part]:
 
 
 def tied_gradient_traffic(config: Config, table_numel: int, dp_size: int) -> Iterator[Part]:
-    """Yield the messages for a tied embedding (engine/tied.py, `ZeroEngine._add_up_tied_gradients`).
+    """Yield the messages for a tied embedding (`_add_up_tied_gradients` of each engine).
 
-    The whole gradient of a copy is assembled from the parts of the data-parallel ranks (`safe_get_full_grad`)
-    and added to the other copy's.
+    In engine/flat.py each rank adds up its part. Under DeepSpeed the whole gradient of a copy is assembled
+    from the parts of the data-parallel ranks (`safe_get_full_grad`) and added to the other copy's.
     """
     zero_stage = config.zero.stage
-    element = BYTES[config.train.gradient_accumulation if zero_stage == 0 else "fp32"]
+    if is_flat(config.zero):
+        num_parts = dp_size if zero_stage == 1 else 1
+        (bucket,) = pack({WORD_EMBEDDINGS: table_numel}, config.zero.bucket_size, num_parts)
+        element = BYTES[config.train.gradient_accumulation]
+        yield Transfer("embedding", "all_reduce"), Amount(1, bucket.part_numel * element)
+        return
+    element = BYTES["fp32"]
     yield Transfer("embedding", "all_reduce"), Amount(1, table_numel * element)
     if zero_stage in (1, 2):
         yield REDUCE, Amount(1, table_numel * element)
@@ -90,14 +101,10 @@ def tied_gradient_traffic(config: Config, table_numel: int, dp_size: int) -> Ite
 
 
 def _reduced_gradients(view: RankView) -> Iterator[Part]:
-    """Yield the buckets of stages 1 and 2; stage 1 once per step, stage 2 in every backward pass."""
+    """Yield the buckets of DeepSpeed's stages 1 and 2: once per step, or in every backward pass."""
     config, held = view.config, view.held
     zero, element = config.zero, BYTES[config.train.gradient_accumulation]
     sizes = {name: math.prod(shape) for name, shape in held.shapes.items()}
-    if is_bf16_optimizer(config):
-        calls = len(list(messages_of(sizes.values(), BF16_OPTIMIZER_BUCKET)))
-        yield REDUCE, Amount(calls, held.numel * element)
-        return
     slices = slices_of(held, view.dp_size)
     if zero.stage == 1:
         in_order = list(sizes) if not zero.overlap_comm else backward_order(view)

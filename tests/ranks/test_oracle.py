@@ -30,7 +30,7 @@ REFUSED_BY_DECISION = {
     "parallel.loss_as_layer",
     "parallel.pipeline",  # a stage without a layer: its ranks would wait for each other in ZeRO's collectives
     "recompute.num_layers",  # only full recompute reads it
-    "zero.overlap_comm",  # stage 1 with interleaved chunks loses gradients, without any error
+    "zero.overlap_comm",  # offloaded stage 1 with interleaved chunks loses gradients, without any error
     "zero.offload_optimizer",  # stage 0 is not DeepSpeed's
     "train.gradient_accumulation",  # fp32 weights have no bf16 gradients
     "train.global_batch_size",  # samples would be left out

@@ -188,7 +188,8 @@ BROKEN = {
     ),
     "gradients of other chunks lost": (
         2,
-        "zero.stage=1 zero.overlap_comm=true parallel.pipeline=2 parallel.virtual_pipeline=2",
+        "zero.stage=1 zero.offload_optimizer=true zero.overlap_comm=true "
+        "parallel.pipeline=2 parallel.virtual_pipeline=2",
         "zero.overlap_comm",
         "interleaved chunks (parallel.virtual_pipeline=2)",
         "zero.stage=2",

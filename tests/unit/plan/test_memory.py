@@ -41,7 +41,7 @@ def test_the_example_of_the_zero_paper() -> None:
     [
         (("train.precision=bf16", "zero.stage=0"), (2, 4, 12)),
         (("train.precision=fp32", "zero.stage=0"), (4, 4, 8)),
-        (("train.precision=fp32", "zero.stage=1"), (4, 4, 12 / 4)),
+        (("train.precision=fp32", "zero.stage=1"), (4, 4, 8 / 4)),
         (("train.precision=bf16", "zero.stage=2"), (2, 4 / 4, 12 / 4)),
         (("train.precision=bf16", "zero.stage=3", "zero.persistence_threshold=0"), (2 / 4, 4 / 4, 12 / 4)),
     ],
@@ -53,13 +53,18 @@ def test_model_states_by_precision(
     assert model_states(config, held(ONE), dp_size=4) == tuple(b * PSI for b in bytes_per_parameter)
 
 
-def test_padding_is_that_of_deepspeed() -> None:
+def test_padding_is_that_of_the_engines() -> None:
     shapes = {"a.weight": (5, 5), "a.bias": (3,), "b.weight": (7, 1)}
-    assert partition_numel(held(shapes), 0, 4) == 35
-    assert (
-        partition_numel(held(shapes), 1, 4) == partition_numel(held(shapes), 2, 4) == 8 + 2
-    )  # (25 + 7) / 4 and 3 / 4
-    assert partition_numel(held(shapes), 3, 4) == 7 + 1 + 2
+
+    def part(*overrides: str) -> int:
+        return partition_numel(config_of(*overrides, "world_size=1"), held(shapes), 4)
+
+    assert part("zero.stage=0") == 35
+    assert part("zero.stage=1") == 16  # 35 / 4, to a multiple of 8
+    assert part("zero.stage=1", "zero.bucket_size=28") == 8 + 8  # 28 / 4 and 7 / 4
+    deepspeed = 8 + 2  # (25 + 7) / 4 and 3 / 4
+    assert part("zero.stage=1", "zero.offload_optimizer=true") == part("zero.stage=2") == deepspeed
+    assert part("zero.stage=3") == 7 + 1 + 2
 
 
 def test_small_parameters_stay_whole_at_stage_3() -> None:

@@ -1,0 +1,51 @@
+"""Flat buckets: every element in one part of one bucket, in order, and no bucket larger than it must be."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distllm.layout.flat import ALIGNMENT, pack
+
+SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=12)
+
+
+@given(SIZES, st.integers(1, 300), st.integers(1, 7), st.integers(0, 11))
+def test_parts_cover_every_parameter_once(
+    numels: list[int], bucket_size: int, num_parts: int, alone: int
+) -> None:
+    sizes = dict(enumerate(numels))
+    buckets = pack(sizes, bucket_size, num_parts, (alone,))
+    assert [key for bucket in buckets for key in bucket.ranges] == list(sizes)
+    for bucket in buckets:
+        assert bucket.numel <= bucket_size + num_parts * ALIGNMENT or len(bucket.ranges) == 1
+        assert alone not in bucket.ranges or len(bucket.ranges) == 1
+        covered: dict[int, int] = dict.fromkeys(bucket.ranges, 0)
+        for part in range(num_parts):
+            where = bucket.part(part)
+            assert num_parts == 1 or where.start % ALIGNMENT == 0
+            found = list(bucket.pieces(part))
+            assert sum(len(elements) for _, elements in found) <= where.stop - where.start
+            for key, elements in found:
+                assert elements.start == covered[key]
+                covered[key] = elements.stop
+        assert covered == {key: sizes[key] for key in bucket.ranges}
+
+
+def test_a_bucket_is_closed_before_it_grows_too_large() -> None:
+    def names(*sizes: int, alone: tuple[int, ...] = ()) -> list[list[int]]:
+        return [list(bucket.ranges) for bucket in pack(dict(enumerate(sizes)), 10, 1, alone)]
+
+    assert names(4, 6, 1) == [[0, 1], [2]]
+    assert names(4, 7, 1) == [[0], [1, 2]]
+    assert names(30, 1, 1) == [[0], [1, 2]]
+    assert names(1, 1, 1, alone=(1,)) == [[0], [1], [2]]
+
+
+def test_one_part_has_no_padding() -> None:
+    assert [bucket.numel for bucket in pack({"a": 5, "b": 6}, 10, 1)] == [5, 6]
+    (bucket,) = pack({"a": 5, "b": 6}, 11, 4)
+    assert (bucket.part_numel, bucket.numel) == (8, 32)
+    assert list(bucket.pieces(0)) == [("a", range(5)), ("b", range(3))]
+    assert list(bucket.pieces(1)) == [("b", range(3, 6))]
+    assert list(bucket.pieces(2)) == []
