@@ -76,7 +76,7 @@ class FlatEngine(Engine):
         self.role = groups.gradient(next(iter(places.values())))  # the same ranks for all parameters
         num_parts = self.role.size if self.is_split else 1
         sizes = {p: p.numel() for p in places}
-        alone = () if self.tied is None else (self.tied,)  # both stages then cut its copies alike
+        alone = set() if self.tied is None else {self.tied}  # both stages then cut its copies alike
         buckets = pack(sizes, zero.bucket_size, num_parts, alone)
         dtype = DTYPES[config.train.gradient_accumulation]
         self.flat_gradients = [torch.zeros(b.numel, dtype=dtype, device=self.device) for b in buckets]

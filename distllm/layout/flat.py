@@ -6,7 +6,7 @@ a parameter. Engine (engine/flat.py) and planner ask the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,6 +17,8 @@ Key = TypeVar("Key", bound=Hashable)  # of a parameter: itself, or its name
 # Elements. A part then begins at a multiple of 16 bytes in bf16 too, below which NCCL and vectorised kernels
 # copy more slowly.
 ALIGNMENT = 8
+
+SMALL_SHARE = 8  # parameters smaller than a bucket by this factor share it
 
 
 def is_flat(zero: Zero) -> bool:
@@ -52,22 +54,31 @@ class Bucket(Generic[Key]):
 
 
 def pack(
-    sizes: Mapping[Key, int], bucket_size: int, num_parts: int, alone: Collection[Key] = ()
+    sizes: Mapping[Key, int], bucket_size: int, num_parts: int, alone: Set[Key] = frozenset()
 ) -> list[Bucket[Key]]:
-    """Divide parameters into buckets of at most `bucket_size` elements; a larger one has its own.
+    """Divide parameters into buckets; small ones share those of at most `bucket_size` elements.
+
+    A parameter of an eighth of that or more has its own, whose cuts then mostly fall between rows: a
+    checkpoint holds one box of each part, instead of the three that a part has which begins and ends within.
+    Buckets lie in the order of their first parameters, in which the next forward pass needs them; backward
+    passes complete them the other way round.
 
     sizes: elements of each, in the order of the forward pass.
-    alone: those with a bucket of their own, which is then cut alike wherever else it is held.
+    alone: those with a bucket of their own, which is then cut alike wherever else it is held. A set, since
+        tensors are only told apart by their identity there.
     """
     groups: list[dict[Key, range]] = []
-    is_open = False
+    shared: dict[Key, range] = {}
+    end = bucket_size  # of what is in `shared`: so far it takes nothing
     for key, numel in sizes.items():
-        end = max((where.stop for where in groups[-1].values()), default=0) if groups else 0
-        if not is_open or key in alone or end + numel > bucket_size:
-            groups.append({})
-            end = 0
-        groups[-1][key] = range(end, end + numel)
-        is_open = key not in alone
+        if key in alone or numel * SMALL_SHARE >= bucket_size:
+            groups.append({key: range(numel)})
+            continue
+        if end + numel > bucket_size:
+            shared, end = {}, 0
+            groups.append(shared)
+        shared[key] = range(end, end + numel)
+        end += numel
     return [Bucket(ranges, _part(ranges, num_parts), num_parts) for ranges in groups]
 
 

@@ -30,7 +30,7 @@ def flat_buckets(config: Config, held: Held, dp_size: int) -> list[Bucket[str]]:
     sizes = {name: prod(shape) for name, shape in held.shapes.items()}
     is_copied = config.model.tie_embeddings and config.parallel.pipeline > 1
     num_parts = dp_size if config.zero.stage == 1 else 1
-    return pack(sizes, config.zero.bucket_size, num_parts, (WORD_EMBEDDINGS,) if is_copied else ())
+    return pack(sizes, config.zero.bucket_size, num_parts, {WORD_EMBEDDINGS} if is_copied else set())
 
 
 def group_partitions(held: Held, zero_stage: int, dp_size: int) -> list[int]:

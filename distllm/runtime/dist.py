@@ -103,14 +103,13 @@ def stop(runtime: Runtime, succeeded: bool) -> None:
     """Leave the world group.
 
     After success all ranks meet first: a rank that leaves while a peer still sends aborts the peer. After a
-    failure the peers may be gone or stuck, and so may this rank's device: the groups stay as they are, and
-    `__main__` ends the process at once.
+    failure the peers may be gone or stuck, and so may this rank's device or, after a signal, its libraries'
+    threads: the groups stay as they are, and `__main__` ends the process at once.
     """
-    if succeeded:
-        runtime.everyone.meet()
-    elif runtime.world_size > 1:
+    if not succeeded:
         ending.leave_groups()
         return
+    runtime.everyone.meet()
     dist.destroy_process_group()
 
 

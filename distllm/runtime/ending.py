@@ -6,8 +6,10 @@ end, and so would the interpreter's own shutdown. Such a process writes out its 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from typing import NoReturn
@@ -16,6 +18,7 @@ from distllm.config.problems import EXIT_USER_ERROR, UserError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+CLEANUP_SECONDS = 10.0
 
 _state = {"groups are left": False}
 
@@ -42,6 +45,21 @@ def end_process(exit_code: int) -> NoReturn:
         with suppress(Exception):
             stream.flush()
     os._exit(exit_code)
+
+
+def end_within(seconds: float, exit_code: int) -> None:
+    """End this process, with the stacks of its threads on standard error, unless it has ended by then.
+
+    For what cleans up after a failure, of which any part may wait for a thread that was interrupted.
+    """
+
+    def end() -> None:
+        faulthandler.dump_traceback(all_threads=True)
+        end_process(exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def end_if_groups_are_left(outcome: int | BaseException) -> None:

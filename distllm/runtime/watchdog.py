@@ -27,7 +27,7 @@ from distllm.runtime.activity import Activity, collective_of, main_thread_frames
 from distllm.runtime.busy_time import BusyTime, busy_seconds
 from distllm.runtime.cause import Cause, Notice, describe
 from distllm.runtime.diagnosis import Diagnosis, stragglers
-from distllm.runtime.ending import EXIT_FAILED, end_process, exit_code_of
+from distllm.runtime.ending import CLEANUP_SECONDS, EXIT_FAILED, end_process, end_within, exit_code_of
 from distllm.runtime.flight_recorder import nccl_flight_recorder
 from distllm.runtime.heartbeat import (
     Beat,
@@ -126,13 +126,14 @@ class Watchdog:
 
         Called by the training thread. The error is printed here, unless `__main__` has another way to show
         it. Where another rank, or this one's watchdog, has named a cause already, the error follows from that
-        and is not shown. Where there are other ranks the watchdog goes on: if cleaning up takes too long, it
-        ends this process too.
+        and is not shown. Where there are other ranks the watchdog goes on. If cleaning up takes too long,
+        this process is ended.
         """
         is_shown_elsewhere = isinstance(error, UserError | KeyboardInterrupt)
         if self._place.world_size == 1:
             self._reports.failed(describe(error), self._activity.step)
             self.stop()
+            end_within(CLEANUP_SECONDS, exit_code_of(error))
             return error
         self._has_said |= is_shown_elsewhere
         if not self._is_ending and self._notice.claim():

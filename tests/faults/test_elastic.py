@@ -102,7 +102,7 @@ def test_a_killed_rank_costs_a_restart(folder: Path) -> None:
     assert "plain torchrun" not in log.read_text()
 
 
-@pytest.mark.long
+@pytest.mark.nightly  # CI loses a node under SLURM (tests/launch/test_slurm.py)
 def test_a_killed_node_costs_a_layout_until_it_comes_back(folder: Path) -> None:
     """TP2 x PP2 on two agents of two ranks; one agent is killed, with its ranks as the kernel sees to it; the
     two ranks that are left go on in another layout; then a new agent joins, and the first layout is back."""

@@ -42,7 +42,13 @@ def test_starts_and_stops_of_four_ranks(starts: int, tmp_path: Path) -> None:
             *("-m", "distllm", "train"),
             *("model=tiny", "tokenizer=bytes", "data=text", f"data.path={tmp_path}/*.txt"),
             *("data.validation_fraction=0", "train.validation_interval=0", "checkpoint.interval=0"),
-            *("train.steps=2", "train.micro_batch_size=2", "logging.sample_tokens=0", f"run.dir={run_dir}"),
+            *(
+                "train.steps=2",
+                "train.global_batch_size=8",
+                "train.micro_batch_size=2",
+                "logging.sample_tokens=0",
+                f"run.dir={run_dir}",
+            ),
             *("parallel.tensor=2", f"parallel.pipeline={1 + start % 2}"),
             *(f"zero.stage={start % 4}", f"data.cache={tmp_path}/cache"),
         ]

@@ -116,7 +116,11 @@ FIXES = {
         "distllm.engine.flat.tied_copy", nothing, 2, ("zero.stage=0", *PIPELINE), (TIED,)
     ),
     "tied copies cut alike, stage 1": Fix(
-        "distllm.engine.flat.pack", packed_without_exception, 4, ("zero.stage=1", *PIPELINE), (TIED,)
+        "distllm.engine.flat.pack",
+        packed_without_exception,
+        4,
+        ("zero.stage=1", *PIPELINE, "zero.bucket_size=10_000_000"),
+        (TIED,),
     ),
     "tied gradients added up, stage 2": Fix(
         f"{ZERO}.tied_copy", nothing, 2, ("zero.stage=2", *PIPELINE), (TIED,)

@@ -16,7 +16,7 @@ from distllm.layout.flat import pack
 from distllm.layout.groups import Role
 
 SIZES = [2, 12, 30]
-BUCKET = 14  # the first holds two parameters, the second one that is larger than a bucket
+BUCKET, MESSAGE = 128, 14  # the first bucket holds two parameters, the second the large one
 
 
 def reduce_step(
@@ -28,7 +28,7 @@ def reduce_step(
     buckets = pack({p: p.numel() for p in parameters}, BUCKET, num_parts)
     flats = [torch.zeros(bucket.numel) for bucket in buckets]
     role = Role(_world(), rank, 2)
-    reduction = GradientReduction(buckets, flats, role, BUCKET, is_overlapped)
+    reduction = GradientReduction(buckets, flats, role, MESSAGE, is_overlapped)
     sent: list[int] = []
     for _ in range(2):  # what the first step has left behind must not matter
         for flat in flats:
@@ -88,7 +88,7 @@ def update_and_gather(rank: int, is_overlapped: bool) -> tuple[list[int], list[l
     """Returns the number of buckets on their way after an update and after each of two modules has run, and
     the parameters in the end."""
     layers = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, bias=False))
-    buckets = pack({p: p.numel() for p in layers.parameters()}, 16, 2)
+    buckets = pack({p: p.numel() for p in layers.parameters()}, BUCKET, 2)
     gathering = WeightGathering(buckets, Role(_world(), rank, 2), [layers], is_overlapped)
     for step in range(2):
         for index, owned in enumerate(gathering.owned):

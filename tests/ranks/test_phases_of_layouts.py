@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def timed_steps(rank: int, overrides: tuple[str, ...]) -> tuple[list[float], list[dict[str, float]], Any]:
     """(seconds of each step, its phases, how often each of Megatron's timers was started in the last one)."""
-    config = jobs.make_config(*overrides, "model.hidden_size=128")
+    config = jobs.make_config("train.micro_batch_size=2", *overrides, "model.hidden_size=128")
     engine = jobs.build_engine(config)
     steps, found, started = [], [], Counter[str]()
     watched: Any = engine.phases

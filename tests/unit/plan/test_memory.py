@@ -61,7 +61,7 @@ def test_padding_is_that_of_the_engines() -> None:
 
     assert part("zero.stage=0") == 35
     assert part("zero.stage=1") == 16  # 35 / 4, to a multiple of 8
-    assert part("zero.stage=1", "zero.bucket_size=28") == 8 + 8  # 28 / 4 and 7 / 4
+    assert part("zero.stage=1", "zero.bucket_size=56") == 8 + 8 + 8  # 3 / 4, and two of an eighth and more
     deepspeed = 8 + 2  # (25 + 7) / 4 and 3 / 4
     assert part("zero.stage=1", "zero.offload_optimizer=true") == part("zero.stage=2") == deepspeed
     assert part("zero.stage=3") == 7 + 1 + 2
