@@ -77,7 +77,7 @@ def build_model(
         for name, entry in match_table(module, table, groups).items():
             is_tied_copy = entry.name == WORD_EMBEDDINGS and not groups.is_first_chunk(chunk)
             place = place_of(entry, groups, is_tied_copy)
-            parameter = materialize(module, name, device)
+            parameter = materialize(module, name, device, megatron_config.params_dtype)
             if draws and device.type != "meta":
                 initialize(parameter, entry, place, config.train.seed)
             hold(parameter)

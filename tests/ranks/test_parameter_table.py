@@ -43,7 +43,8 @@ CASES_OF_RANKS = [case for case in CASES if case[0] in ("tiny", "gpt2_124m") and
 
 def config_of(shape: str, world_size: int, variant: tuple[str, ...]) -> Config:
     layout = (*LAYOUTS[world_size], "train.global_batch_size=8", "train.micro_batch_size=1")
-    arguments = [f"model={shape}", *variant, *layout, f"world_size={world_size}", "tokenizer=bytes"]
+    training = [f"world_size={world_size}", "tokenizer=bytes", "train.precision=bf16"]
+    arguments = [f"model={shape}", *variant, *layout, *training]
     return compose.load(compose.parse("check", arguments))
 
 
@@ -61,6 +62,7 @@ def compare(rank: int, world_size: int) -> None:
         for parameter, place in built.places.items():
             entry = table[place.name]
             assert tuple(parameter.shape) == entry.module_shape(grid.degrees), (shape, place.name)
+            assert parameter.dtype == torch.bfloat16, (shape, place.name)  # every one computes in bf16
             assert entry.is_decayed == (len(entry.shape) > 1 and not entry.name.endswith(".bias"))
         for chunk in built.chunks:
             check_cuts(chunk, {p: table[place.name].module_cut_dim for p, place in built.places.items()})
