@@ -15,7 +15,7 @@ from distllm import __version__
 from distllm.config import verbs
 from distllm.config.problems import EXIT_USER_ERROR, UserError
 from distllm.config.registry import imported, load_plugins
-from distllm.runtime import lazy_compile, quiet
+from distllm.runtime import light_imports, quiet
 from distllm.runtime.ending import EXIT_INTERRUPTED, end_if_groups_are_left
 
 HELP = """distllm {version}: distributed LLM pretraining.
@@ -57,7 +57,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     # Both before a plugin or the verb's module imports torch and what builds on it.
     quiet.silence()
-    lazy_compile.install()
+    light_imports.install()
     load_plugins()
     if not arguments or arguments[0] in ("--help", "-h"):
         print(_help(), end="", file=sys.stdout if arguments else sys.stderr)

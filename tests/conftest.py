@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from distllm.runtime import lazy_compile, quiet
+from distllm.runtime import light_imports, quiet
 
 quiet.silence()
-lazy_compile.install()
+light_imports.install()
 # Tests import their helpers by name, here and in the processes that they start.
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)

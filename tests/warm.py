@@ -8,11 +8,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from distllm.runtime import lazy_compile, quiet
+from distllm.runtime import light_imports, quiet
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet.silence()
-lazy_compile.install()
+light_imports.install()
 for module in (
     "distllm.engine.zero",
     "distllm.model.decoder_layer",

@@ -91,10 +91,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: 
 
 
 def _main(folder: Path) -> None:
-    from distllm.runtime import dist, lazy_compile, quiet
+    from distllm.runtime import dist, light_imports, quiet
 
     quiet.silence()
-    lazy_compile.install()
+    light_imports.install()
     rank = int(os.environ["RANK"])
     os.environ.update(_rendezvous(rank, folder))
     module, name, args, starts_world = pickle.loads((folder / "call").read_bytes())

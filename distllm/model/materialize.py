@@ -15,7 +15,7 @@ def materialize(model: nn.Module, name: str, device: torch.device, dtype: torch.
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     described = module.get_parameter(attribute)
-    parameter = nn.Parameter(torch.empty_like(described, device=device, dtype=dtype))
+    parameter = nn.Parameter(torch.empty(described.shape, dtype=dtype, device=device))
     parameter.__dict__.update(described.__dict__)
     setattr(module, attribute, parameter)
     return parameter

@@ -1,65 +1,80 @@
-"""Import Megatron Core 0.16.1 and DeepSpeed 0.19.8 without PyTorch's compiler.
+"""Import PyTorch's compiler where something is compiled, not on every rank of every job.
 
-Both decorate functions with torch.compile where they are imported (megatron/core/jit.py, zero/muon/
-original_muon.py), which imports Dynamo, Inductor and NetworkX, 800 modules, on every rank, for functions that
-most jobs never call. Each is compiled at its first call instead: an import of both takes 5.5 s of a
-processor, not 9.1 s (AMD EPYC).
+- Megatron Core 0.16.1 and DeepSpeed 0.19.8 decorate functions with torch.compile where they are imported
+  (megatron/core/jit.py, zero/muon/original_muon.py), which imports Dynamo and Inductor. Each function is
+  compiled at its first call instead.
+- PyTorch 2.13 imports Dynamo to keep optimizers out of it (torch/_compile.py, torch/optim/optimizer.py). As
+  long as nobody has imported it nothing is traced, and there is nothing to keep out.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-MODULES = ("megatron.core", "deepspeed.runtime.zero.muon.original_muon")
+
+@contextmanager
+def compile_later(module: ModuleType) -> Iterator[None]:
+    """Put compilations off that `module` asks for while it is imported."""
+    import torch
+
+    now = torch.compile
+    torch.compile = functools.partial(_later, now)
+    try:
+        yield
+    finally:
+        torch.compile = now
 
 
-def install() -> None:
-    """Make the imports of `MODULES` put compilations off; call before they are imported."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+@contextmanager
+def disable_what_is_traced(module: ModuleType) -> Iterator[None]:
+    """Make torch._compile's decorator import Dynamo only for what may be traced."""
+    yield
+    module._disable_dynamo = functools.partial(_disable, module._disable_dynamo)  # type: ignore[attr-defined]
 
 
-class _Finder(MetaPathFinder):
-    """Finds modules where Python does, and changes what happens around their import."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in MODULES:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec and spec.loader:
-            spec.loader = _Loader(spec.loader)
-        return spec
+@contextmanager
+def break_traced_graphs(module: ModuleType) -> Iterator[None]:
+    """Make the decorator of the steps of torch.optim import Dynamo only for what may be traced."""
+    yield
+    decorate = module._use_grad_for_differentiable
+    module._use_grad_for_differentiable = functools.partial(_break, decorate)  # type: ignore[attr-defined]
 
 
-class _Loader(Loader):
-    """Runs a module while torch.compile puts its work off."""
+def _disable(
+    disable: Callable[..., Any], function: Callable[..., Any] | None = None, recursive: bool = True
+) -> Callable[..., Any]:
+    """Return what torch._compile._disable_dynamo(function) does; untraced, it is `function`."""
+    if function is None:  # a decorator with options
+        return functools.partial(_disable, disable, recursive=recursive)
+    return _choose(disable(function, recursive), function)
 
-    def __init__(self, original: Loader) -> None:
-        self._original = original
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)  # what else is asked of a loader, such as its path
+def _break(decorate: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what torch.optim.optimizer._use_grad_for_differentiable(step) does, without breaking a graph."""
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._original.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
+    @functools.wraps(step)
+    def untraced(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
 
-        now = torch.compile
-        torch.compile = functools.partial(_later, now)
-        try:
-            self._original.exec_module(module)
-        finally:
-            torch.compile = now
+        with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+            return step(optimizer, *args, **kwargs)
+
+    return _choose(decorate(step), untraced)
+
+
+def _choose(traced: Callable[..., Any], untraced: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls `traced` if Dynamo was imported, else `untraced`."""
+
+    @functools.wraps(untraced)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (traced if "torch._dynamo" in sys.modules else untraced)(*args, **kwargs)
+
+    return call
 
 
 def _later(
