@@ -1,6 +1,6 @@
 """Import PyTorch 2.13, Megatron Core 0.16.1 and DeepSpeed 0.19.8 without what most jobs never call.
 
-A rank of a training job on CPUs, with AdamW, imports 1,811 modules where it imported 3,465: see lazy_compile.py
+A rank of a training job on CPUs, with AdamW, imports 1,811 modules, not 3,465: see lazy_compile.py
 (the compiler) and lazy_names.py (DTensors and others). What is left out is imported when it is first used.
 """
 
