@@ -22,6 +22,25 @@ os.environ["DISTLLM_TEST_CONFIGS"] = CONFIGS.name
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--alone",
+        choices=["yes", "no", "also"],
+        default="also",
+        help="tests that need the machine for themselves: only these, none of them, or all tests",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `--alone` does: launch/test runs the other tests two at a time."""
+    wanted = config.getoption("--alone")
+    if wanted == "also":
+        return
+    chosen = [item for item in items if (item.get_closest_marker("alone") is not None) == (wanted == "yes")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs more GPUs than there are, before its fixtures are made.

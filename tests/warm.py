@@ -25,7 +25,6 @@ for module in (
     "deepspeed.module_inject.auto_ep_layer",  # these two are imported by deepspeed.initialize
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "numpy.random",
-    "torch._dynamo",  # imported by the first optimizer
     "torch.profiler._cupti_monitor",
 ):
     importlib.import_module(module)

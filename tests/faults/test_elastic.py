@@ -18,6 +18,8 @@ from runs import SMALL_RUN, curve, events, read_rows, status, write_corpus
 
 from distllm.runtime.heartbeat import read_beats
 
+pytestmark = pytest.mark.alone  # restarts have deadlines
+
 STEPS = 40
 # With 0.001 the gradient jumps at step 39, by an update in which the rounding of 1e-7 has become 1e-5.
 RUN = (*SMALL_RUN, "optimizer.lr=0.0005", f"train.steps={STEPS}", "checkpoint.interval=2")

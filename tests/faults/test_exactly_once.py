@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_day import every_second
 from commands import ForkedJob, fork
 from runs import (
     SAMPLES,
@@ -103,7 +104,7 @@ def kill_soon(job: ForkedJob, run: Path, generator: random.Random) -> None:
     job.kill()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", every_second([0, 1]))
 def test_killed_on_any_number_of_ranks_the_data_is_the_same(folder: Path, seed: int) -> None:
     generator = random.Random(seed)
     name, run = f"killed_{seed}", folder / f"killed_{seed}"
@@ -235,7 +236,14 @@ def test_a_changed_source_is_refused_with_what_changed(folder: Path) -> None:
 PACKED = ("sequences=best_fit", "train.steps=8", "data.changes=[]", "data.validation_fraction=0.5")
 
 
-@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2", "zero.stage=2"), ("parallel.pipeline=2",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("parallel.tensor=2", "zero.stage=2"),
+        pytest.param(("parallel.pipeline=2",), marks=pytest.mark.nightly),
+    ],
+)
 def test_packed_documents_train_alike_under_every_layout(folder: Path, overrides: tuple[str, ...]) -> None:
     """Padding and boundaries weigh unevenly on ranks and microbatches; the mean is the global one."""
     if not (folder / "packed").exists():

@@ -14,6 +14,8 @@ import pytest
 from commands import ForkedJob
 from runs import SMALL_RUN, events, status, wait_for_steps, write_corpus
 
+pytestmark = pytest.mark.alone  # all ranks are gone within ten seconds
+
 RUN = (*SMALL_RUN, "train.steps=8", "checkpoint.interval=2", "zero.stage=1", "train.micro_batch_size=1")
 BROKEN_RANK, BROKEN_STEP = 1, 2
 BROKEN_AT = Path("broken_at")

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_day import at_night
 from commands import Finished, ForkedJob
 from runs import SMALL_RUN, curve, events, status, write_corpus
+
+pytestmark = pytest.mark.alone  # what is slow is a matter of seconds
 
 RUN = (*SMALL_RUN, "train.steps=12", "checkpoint.interval=4", "zero.stage=1", "fault.hang_seconds=4")
 
@@ -35,7 +38,7 @@ def verdict(run: Path, step: int) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-@pytest.mark.parametrize("layout", [pytest.param("data", marks=pytest.mark.long), "pipeline"])
+@pytest.mark.parametrize("layout", at_night(["data", "pipeline"], ["data"]))
 def test_a_stopped_rank_is_named_and_the_job_ends(layout: str, folder: Path) -> None:
     """SIGSTOP to rank 1 of 3 or 2 in step 6. Nobody can ask it anything; it is ended too."""
     run, num_ranks = f"stopped {layout}", 3 if layout == "data" else 2

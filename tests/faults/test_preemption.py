@@ -13,6 +13,8 @@ import pytest
 from commands import ForkedJob, fork
 from runs import SMALL_RUN, curve, events, read_rows, status, wait_for_steps, write_corpus
 
+pytestmark = pytest.mark.alone  # a grace is a matter of seconds
+
 STEPS = 60
 RUN = (*SMALL_RUN, f"train.steps={STEPS}", "checkpoint.interval=1000", "zero.stage=1")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -33,9 +35,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.long)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("is_agent", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "number", "is_agent"),
+    [
+        ("dp2", signal.SIGTERM, False),
+        ("dp2", signal.SIGUSR1, True),
+        pytest.param("pp2", signal.SIGTERM, True, marks=pytest.mark.long),
+        pytest.param("pp2", signal.SIGUSR1, False, marks=pytest.mark.long),
+        pytest.param("dp2", signal.SIGTERM, True, marks=pytest.mark.nightly),
+        pytest.param("dp2", signal.SIGUSR1, False, marks=pytest.mark.nightly),
+        pytest.param("pp2", signal.SIGTERM, False, marks=pytest.mark.nightly),
+        pytest.param("pp2", signal.SIGUSR1, True, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     layout: str, number: signal.Signals, is_agent: bool, folder: Path
 ) -> None:

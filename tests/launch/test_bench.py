@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from commands import fork, start
 
+pytestmark = pytest.mark.alone  # it measures speed
+
 SMALL = (
     "model=tiny",
     "model.num_layers=2",

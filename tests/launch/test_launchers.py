@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from by_day import every_second
 from commands import ROOT, Finished, environment, fork
 from harness import free_port
 from runs import SMALL_RUN, curve, read_rows, status, write_corpus
+
+pytestmark = pytest.mark.alone  # launchers have deadlines
 
 RUN = (*SMALL_RUN, "optimizer.lr=0.001", "train.steps=8", "checkpoint.interval=4")
 
@@ -129,7 +132,7 @@ def start_without_end(folder: Path, run: str) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", every_second([signal.SIGTERM, signal.SIGUSR1]))
 def test_a_signal_to_deepspeed_stops_the_ranks_with_a_checkpoint(
     number: signal.Signals, folder: Path
 ) -> None:

@@ -12,7 +12,7 @@ from commands import ROOT, environment, start
 from slurm import NODES, Cluster
 from test_train import Workplace, curve, events, status
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.alone]  # alone: SLURM has deadlines
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 STEPS = 160
@@ -96,6 +96,7 @@ def test_a_job_trains_on_two_nodes(site: Site) -> None:
     site.assert_completed("plain", site.cluster.wait_for_end(job), restarts=0)
 
 
+@pytest.mark.nightly  # by day test_a_job_saves_and_goes_on_when_told_to requeues it
 def test_a_requeued_job_goes_on(site: Site) -> None:
     job = site.submit("requeued")
     site.wait_for_step("requeued", MIDDLE)

@@ -10,6 +10,8 @@ from saving_memory import measure_saving
 
 from distllm.checkpoint.integrity import READ_BYTES
 
+pytestmark = pytest.mark.alone  # other work moves peaks of memory
+
 # 30 million parameters: weights and moments are 360 MB, a rank's share 90 MB.
 MODEL = (
     "model.num_layers=8",

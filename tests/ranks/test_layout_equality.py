@@ -11,6 +11,7 @@ from typing import Any
 
 import jobs
 import pytest
+from by_day import DAY_AND_NIGHT, at_night
 from harness import run_ranks
 
 TIED = "model.tie_embeddings=true"
@@ -85,9 +86,7 @@ def test_every_stage(name: str, tied: jobs.Trace) -> None:
     check(world_size, layout, {(TIED,): tied}, stages=(0, 1, 2, 3))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("TP2", "PP2") else pytest.mark.nightly) for n in LAYOUTS]
-)
+@pytest.mark.parametrize("name", at_night(LAYOUTS, set(LAYOUTS) - {"PP2"}))
 def test_every_stage_untied(name: str, untied: jobs.Trace) -> None:
     world_size, layout = LAYOUTS[name]
     check(world_size, layout, {(): untied}, stages=(0, 1, 2, 3))
@@ -114,20 +113,23 @@ def test_more_of_the_layouts(name: str, stages: tuple[int, ...], tied: jobs.Trac
 
 
 @pytest.mark.long
-def test_gradients_are_reduced_while_backward_passes_go_on(tied: jobs.Trace) -> None:
+@pytest.mark.parametrize("part", DAY_AND_NIGHT)
+def test_gradients_are_reduced_while_backward_passes_go_on(part: int, tied: jobs.Trace) -> None:
     overlapped = ("zero.overlap_comm=true", "zero.bucket_size=3000", "parallel.pipeline=2")
-    check(4, overlapped, {(TIED,): tied}, stages=(0, 1, 2, 3))
+    check(4, overlapped, {(TIED,): tied}, stages=(part, part + 2))
     interleaved = (*overlapped, "parallel.virtual_pipeline=2")
-    check(4, interleaved, {(TIED,): tied}, stages=(0, 1, 2, 3))
+    check(4, interleaved, {(TIED,): tied}, stages=(1 - part, 3 - part))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("stages", [3, 4])
-def test_interleaved_stages_overlap_their_messages(stages: int) -> None:
+@pytest.mark.parametrize("part", DAY_AND_NIGHT)
+def test_interleaved_stages_overlap_their_messages(part: int, stages: int) -> None:
     """With two stages the previous and the next one are the same, with more they are not."""
     deep = (f"model.num_layers={2 * stages}", TIED)
     layout = (f"parallel.pipeline={stages}", "parallel.virtual_pipeline=2", "train.micro_batch_size=2")
-    check(stages, layout, {deep: single_process(*deep)}, stages=(0, 1, 2, 3))
+    first = (stages + part) % 2  # by day stages 1 and 3 of ZeRO with three, 0 and 2 with four
+    check(stages, layout, {deep: single_process(*deep)}, stages=(first, first + 2))
 
 
 def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace) -> None:
@@ -141,23 +143,26 @@ def test_all_three_kinds_at_once_untied(untied: jobs.Trace) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_optimizer_states_in_host_memory(stage: int, tied: jobs.Trace) -> None:
-    for layout in (
+@pytest.mark.parametrize("part", DAY_AND_NIGHT)
+def test_optimizer_states_in_host_memory(part: int, stage: int, tied: jobs.Trace) -> None:
+    layouts = (
         ("parallel.tensor=2", "parallel.pipeline=2"),
         ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
         ("train.micro_batch_size=4",),
         ("parallel.tensor=2", "train.micro_batch_size=2"),
-    ):
+    )
+    for layout in layouts[(stage + part) % 2 :: 2]:
         check(4, (*layout, "zero.offload_optimizer=true"), {(TIED,): tied}, stages=(stage,))
 
 
-def test_gpt2_shape_with_biases_learned_positions_and_sequence_parallelism() -> None:
+@pytest.mark.parametrize("part", DAY_AND_NIGHT)
+def test_gpt2_shape_with_biases_learned_positions_and_sequence_parallelism(part: int) -> None:
     reference = single_process(*jobs.SMALL_GPT2)
-    for layout in (
-        ("parallel.tensor=4", "parallel.sequence=true"),
-        ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"),
+    for layout, stages in (
+        (("parallel.tensor=4", "parallel.sequence=true"), ((0,), (1, 2, 3))[part]),
+        (("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"), ((2, 3), (0, 1))[part]),
     ):
-        check(4, layout, {jobs.SMALL_GPT2: reference}, stages=(0, 2, 3))
+        check(4, layout, {jobs.SMALL_GPT2: reference}, stages=stages)
 
 
 def test_stage_3_with_parts_that_need_padding() -> None:
@@ -167,15 +172,9 @@ def test_stage_3_with_parts_that_need_padding() -> None:
     check(10, ("parallel.pipeline=2",), {batch: reference}, stages=(3,))
 
 
-BF16_STAGES = [("false", (0, 3)), ("true", (1, 2))]  # by day
-BF16_STAGES_AT_NIGHT = [("false", (1, 2)), ("true", (0, 3))]
-
-
-@pytest.mark.parametrize(
-    ("tie", "stages"),
-    [*BF16_STAGES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in BF16_STAGES_AT_NIGHT)],
-)
-def test_bf16(tie: str, stages: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("tie", ["false", "true"])
+@pytest.mark.parametrize("part", DAY_AND_NIGHT)
+def test_bf16(part: int, tie: str) -> None:
     """A bf16 value has 8 bits: it is off by up to 2^-9 = 2e-3 of itself. Another layout rounds other partial
     sums, one rounding per matrix product, and the loss, a mean over 512 tokens of errors of either sign, is
     less off than a single value: 2e-3 * |loss| / sqrt(512) = 1e-4 relative. Updates carry that on: ten times
@@ -189,8 +188,9 @@ def test_bf16(tie: str, stages: tuple[int, ...]) -> None:
     """
     bf16 = ("train.precision=bf16", f"model.tie_embeddings={tie}", "optimizer.lr=0.001")
     reference = single_process(*bf16)
-    for world_size, layout in (LAYOUTS["TP2xPP2"], LAYOUTS["DP2xPP2"], LAYOUTS["TP2+SP"]):
-        cases = [(f"zero.stage={stage}", *layout, *bf16) for stage in stages]
+    for index, (world_size, layout) in enumerate(map(LAYOUTS.__getitem__, ("TP2xPP2", "DP2xPP2", "TP2+SP"))):
+        first = (index + part + (tie == "true")) % 2
+        cases = [(f"zero.stage={stage}", *layout, *bf16) for stage in (first, first + 2)]
         for case, trace in zip(cases, run_ranks(world_size, jobs.train_cases, cases)[0], strict=True):
             assert trace.losses == pytest.approx(reference.losses, rel=1e-3), case
             assert trace.grad_norms == pytest.approx(reference.grad_norms, rel=1e-2), case

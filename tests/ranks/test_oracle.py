@@ -12,6 +12,7 @@ from typing import Any
 
 import jobs
 import pytest
+from by_day import DAY_AND_NIGHT
 from harness import RanksFailedError, run_ranks
 
 from distllm.config import rules
@@ -110,9 +111,11 @@ def drawn(world_size: int) -> list[Config]:
 
 
 @pytest.mark.parametrize("world_size", SAMPLES_PER_WORLD_SIZE)
-def test_legal_configurations_start_and_do_a_step(world_size: int) -> None:
+@pytest.mark.parametrize("part", DAY_AND_NIGHT)
+def test_legal_configurations_start_and_do_a_step(part: int, world_size: int) -> None:
     legal = [config for config in drawn(world_size) if not rules.check(config, world_size)]
     assert len(legal) >= SAMPLES_PER_WORLD_SIZE[world_size] // 5, "the samples must hold legal configurations"
+    legal = legal[part::2]
     for begin in range(0, len(legal), CASES_PER_START):
         configs = legal[begin : begin + CASES_PER_START]
         losses = run_ranks(world_size, first_losses, configs, deadline_seconds=240)[0]
