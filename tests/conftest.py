@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +14,8 @@ from distllm.runtime import light_imports, quiet
 
 quiet.silence()
 light_imports.install()
+# What a shell starts in the background ignores Ctrl-C, and so would what the tests start there and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests import their helpers by name, here and in the processes that they start.
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)

@@ -91,10 +91,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: 
 
 
 def _main(folder: Path) -> None:
+    from distllm.config.registry import load_plugins
     from distllm.runtime import dist, light_imports, quiet
 
     quiet.silence()
     light_imports.install()
+    load_plugins()
     rank = int(os.environ["RANK"])
     os.environ.update(_rendezvous(rank, folder))
     module, name, args, starts_world = pickle.loads((folder / "call").read_bytes())

@@ -12,6 +12,7 @@ from commands import ROOT, ForkedJob
 from harness import run_ranks
 from runs import SMALL_RUN, curve, write_corpus
 
+from distllm.bench.local_ranks import run_on_ranks
 from distllm.checkpoint.manifest import read_manifest
 from distllm.layout.traffic import Traffic
 from distllm.plan.communication import rank_traffic
@@ -54,6 +55,18 @@ def test_every_layout_trains_as_one_process(part: tuple[str, ...]) -> None:
     expected_tied, expected = run_ranks(1, train_toys, alone)[0]
     for case, trace in zip(cases, run_ranks(2, train_toys, cases)[0], strict=True):
         jobs.assert_traces_equal(trace, expected_tied if tied[case] else expected, " ".join(case))
+
+
+def known_families(rank: int) -> list[str]:
+    from distllm.config.registry import FAMILIES
+
+    return list(FAMILIES)
+
+
+def test_ranks_that_bench_starts_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTLLM_PLUGINS", PLUGIN["DISTLLM_PLUGINS"])
+    (known,) = run_on_ranks(1, known_families, starts_world=False)
+    assert "toy" in known
 
 
 def test_the_parts_are_not_those_of_distllm() -> None:
