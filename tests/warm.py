@@ -25,6 +25,7 @@ for module in (
     "deepspeed.module_inject.auto_ep_layer",  # these two are imported by deepspeed.initialize
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "numpy.random",
+    "torch.distributed.tensor",  # imported by torch.testing.assert_close
     "torch.profiler._cupti_monitor",
 ):
     importlib.import_module(module)

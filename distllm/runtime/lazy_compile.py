@@ -3,8 +3,9 @@
 - Megatron Core 0.16.1 and DeepSpeed 0.19.8 decorate functions with torch.compile where they are imported
   (megatron/core/jit.py, zero/muon/original_muon.py), which imports Dynamo and Inductor. Each function is
   compiled at its first call instead.
-- PyTorch 2.13 imports Dynamo to keep optimizers out of it (torch/_compile.py, torch/optim/optimizer.py). As
-  long as nobody has imported it nothing is traced, and there is nothing to keep out.
+- PyTorch 2.13 imports Dynamo to keep functions out of it: its optimizers (torch/_compile.py, torch/optim/
+  optimizer.py) and DeepSpeed's hooks of ZeRO-3 (torch/compiler). As long as nobody has imported it nothing is
+  traced, and there is nothing to keep out.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def disable_what_is_traced(module: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def disable_for_users(module: ModuleType) -> Iterator[None]:
+    """Make torch.compiler.disable import Dynamo only for what may be traced."""
+    yield
+    module.disable = functools.partial(_disable_for_users, module.disable)  # type: ignore[attr-defined]
+
+
+@contextmanager
 def break_traced_graphs(module: ModuleType) -> Iterator[None]:
     """Make the decorator of the steps of torch.optim import Dynamo only for what may be traced."""
     yield
@@ -52,6 +60,16 @@ def _disable(
     if function is None:  # a decorator with options
         return functools.partial(_disable, disable, recursive=recursive)
     return _choose(disable(function, recursive), function)
+
+
+def _disable_for_users(
+    disable: Callable[..., Any], function: Callable[..., Any] | None = None, *options: Any, **more: Any
+) -> Callable[..., Any]:
+    """Return what torch.compiler.disable(function) does; untraced, it is `function`."""
+    if function is None or isinstance(function, type):  # a decorator with options, or of a class: as it was
+        return disable(function, *options, **more)
+    disabled = functools.cache(lambda: disable(function, *options, **more))
+    return _choose(lambda *args, **kwargs: disabled()(*args, **kwargs), function)
 
 
 def _break(decorate: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
