@@ -59,15 +59,16 @@ def gathered_parameters(
     period = view.grid.pipeline if len(view.stage.chunks) > 1 else 1
     followed = ROUNDS * period * len(view.stage.chunks) + view.grid.pipeline
     repeated = max(0, num_microbatches - followed - period) // period
-    found = _gathered(view, num_microbatches - repeated * period, limits)
+    found = follow_gathers(view, num_microbatches - repeated * period, limits)
     if repeated:
-        more = _gathered(view, num_microbatches - (repeated - 1) * period, limits)
+        more = follow_gathers(view, num_microbatches - (repeated - 1) * period, limits)
         more.subtract(found)
         found.update({size: repeated * times for size, times in more.items()})
     return list(found.elements())
 
 
-def _gathered(view: RankView, num_microbatches: int, limits: WholeLimits | None) -> Counter[int]:
+def follow_gathers(view: RankView, num_microbatches: int, limits: WholeLimits | None) -> Counter[int]:
+    """Return how often a parameter of each size is gathered, following every microbatch of a step."""
     coordinator = _Coordinator(view, limits)
     coordinator.run(num_microbatches)
     persistent = [size for name, size in coordinator.sizes.items() if name not in coordinator.partitioned]

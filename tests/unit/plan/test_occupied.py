@@ -155,7 +155,7 @@ def test_microbatches_that_repeat_are_counted_as_if_followed(
         }
     )
     limits = WholeLimits(reuse, reuse + bucket)
-    followed = live_module._gathered(view, 24, limits)
+    followed = live_module.follow_gathers(view, 24, limits)
     assert Counter(gathered_parameters(view, 24, limits)) == followed
 
 
