@@ -16,6 +16,7 @@ quiet.silence()
 light_imports.install()
 # What a shell starts in the background ignores Ctrl-C, and so would what the tests start there and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets 80 for its workers, and commands fit their lines into it
 # Tests import their helpers by name, here and in the processes that they start.
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)

@@ -74,6 +74,7 @@ def play(_: int, rank: int, config: Config, vocab_size: int, world_size: int) ->
     with phase("import libraries"):
         import torch
         import torch.distributed as dist
+        import torch.testing._internal.distributed.fake_pg  # registers the backend `fake`
 
         from distllm.checkpoint.pieces import pieces_of
         from distllm.engine import zero as zero
