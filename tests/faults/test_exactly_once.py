@@ -104,6 +104,7 @@ def kill_soon(job: ForkedJob, run: Path, generator: random.Random) -> None:
     job.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", every_second([0, 1]))
 def test_killed_on_any_number_of_ranks_the_data_is_the_same(folder: Path, seed: int) -> None:
     generator = random.Random(seed)
@@ -191,6 +192,7 @@ def test_another_mixture_at_a_resume(folder: Path) -> None:
     assert "data.sources" in change
 
 
+@pytest.mark.long
 def test_a_resume_at_every_step(folder: Path) -> None:
     """Each checkpoint leads to the run's end, over both changes of the mixture and an epoch's end."""
     every = ("checkpoint.interval=1", "checkpoint.keep=100", "logging.interval=100")

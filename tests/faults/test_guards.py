@@ -111,6 +111,7 @@ def test_samples_that_overflow_are_skipped(layout: str, folder: Path) -> None:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("action", ["skip", "rewind"])
 def test_a_spike_is_kept_out(layout: str, action: str, folder: Path) -> None:
     """Gradients of one rank 10,000 times too large whenever sample 108 is trained on (step 13). With a rewind

@@ -45,6 +45,7 @@ def ranges(file: Path) -> dict[str, int]:
     return {name: ours.count(name) for name in ours}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", at_night(LAYOUTS, ["pp2"]))
 def test_the_steps_asked_for_are_traced(layout: str, folder: Path) -> None:
     """On the first rank of each pipeline stage; the steps train as they would without."""

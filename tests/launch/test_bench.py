@@ -41,6 +41,7 @@ def read(folder: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.long
 def test_recomputing_saves_memory(tmp_path: Path) -> None:
     """Long sequences, so that activations are most of the memory: 4 layers of 512 tokens hold some 20 MB."""
     shape = ("model.num_layers=4", "model.seq_length=512", "train.micro_batch_size=4")
@@ -77,6 +78,7 @@ def test_train_tells_the_speed_of_steps(tmp_path: Path) -> None:
     assert "OVERFLOW" not in table
 
 
+@pytest.mark.long
 def test_train_measures_all_ranks(tmp_path: Path) -> None:
     done = start(tmp_path, "bench", "train", *SMALL, "train.precision=bf16", "parallel.tensor=2", num_ranks=2)
     assert done.exit_code == 0, done.output

@@ -172,6 +172,7 @@ def our_logits(rank: int, checkpoint: Path) -> Tensor:
 # ---------------------------------------------------------------- export
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_computes_the_logits_that_we_compute(case: str, workplace: Workplace) -> None:
     folder = workplace.exported(case)

@@ -96,6 +96,7 @@ def hostfile_arguments(run: str, *overrides: str) -> list[str]:
     return ["hostfile", *place, "--module", "distllm", "train", *RUN, f"run.dir={run}", *overrides]
 
 
+@pytest.mark.long
 def test_deepspeed_starts_the_hosts_of_a_file(folder: Path) -> None:
     result = launch(folder, "deepspeed.sh", *hostfile_arguments("hosts", "zero.stage=2"))
     assert result.exit_code == 0, result.output

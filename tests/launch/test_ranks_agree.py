@@ -32,6 +32,7 @@ def rows(ranks: int, folder: Path) -> list[dict[str, Any]]:
     return read_rows(folder / f"run{ranks}")
 
 
+@pytest.mark.long
 def test_losses_agree(tmp_path: Path) -> None:
     for document in range(30):
         text = f"Document {document} of thirty says: {'the same and more, ' * (document + 5)}"

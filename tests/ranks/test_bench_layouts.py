@@ -20,6 +20,7 @@ def never_done(rank: int) -> None:
     time.sleep(1000)
 
 
+@pytest.mark.long
 def test_table_and_rows() -> None:
     config = compose.load(compose.parse("check", [*SMALL, "model.num_query_groups=1"]))
     report = run(config, 300, [layout for layout in DEFAULT_LAYOUTS if layout.ranks == 2], steps=1)

@@ -26,6 +26,7 @@ LLAMA3_405B = (
 )
 
 
+@pytest.mark.long
 def test_table_and_growth() -> None:
     overrides = ("model=tiny", "tokenizer=bytes")
     report = run(compose.load(compose.parse("check", overrides)), 0, overrides, [1, 2, 3])

@@ -188,6 +188,7 @@ def compare(results: list[jobs.Trace], expected: jobs.Trace) -> None:
         jobs.assert_traces_equal(result, expected, f"rank {rank}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FIXES)
 def test_without_the_fix_the_job_goes_wrong(name: str, references: dict[tuple[str, ...], jobs.Trace]) -> None:
     fix = FIXES[name]

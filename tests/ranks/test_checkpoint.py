@@ -138,6 +138,7 @@ def test_a_resume_under_the_same_layout_is_bitwise(part: int, tmp_path: Path) ->
             assert wrong == [], f"rank {rank}, {' '.join(case)}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_a_resume_under_model_parallelism_is_bitwise(part: int, tmp_path: Path) -> None:
     """The same on four ranks that share layers and their stack."""

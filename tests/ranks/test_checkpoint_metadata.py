@@ -95,6 +95,7 @@ def num_chunks(metadata: Metadata) -> int:
     return sum(len(tensor.chunks) for tensor in tensors.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_ranks_write_as_many_chunks_as_are_modelled(world_size: int, tmp_path: Path) -> None:
     cases = [(stage, *layout) for layout in LAYOUTS[world_size] for stage in STAGES]

@@ -220,6 +220,7 @@ CASES: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", CASES)
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_every_layout_trains_alike(

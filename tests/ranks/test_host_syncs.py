@@ -35,6 +35,7 @@ def places_of_last_step(rank: int, cases: list[tuple[str, ...]]) -> list[list[st
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_a_step_waits_once_however_many_microbatches(part: int, layout: str) -> None:

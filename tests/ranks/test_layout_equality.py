@@ -132,6 +132,7 @@ def test_interleaved_stages_overlap_their_messages(part: int, stages: int) -> No
     check(stages, layout, {deep: single_process(*deep)}, stages=(first, first + 2))
 
 
+@pytest.mark.long
 def test_all_three_kinds_at_once_on_eight_ranks(tied: jobs.Trace) -> None:
     check(8, ("parallel.tensor=2", "parallel.pipeline=2"), {(TIED,): tied}, stages=(1, 2, 3))
 
@@ -155,6 +156,7 @@ def test_optimizer_states_in_host_memory(part: int, stage: int, tied: jobs.Trace
         check(4, (*layout, "zero.offload_optimizer=true"), {(TIED,): tied}, stages=(stage,))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_gpt2_shape_with_biases_learned_positions_and_sequence_parallelism(part: int) -> None:
     reference = single_process(*jobs.SMALL_GPT2)
@@ -165,6 +167,7 @@ def test_gpt2_shape_with_biases_learned_positions_and_sequence_parallelism(part:
         check(4, layout, {jobs.SMALL_GPT2: reference}, stages=stages)
 
 
+@pytest.mark.long
 def test_stage_3_with_parts_that_need_padding() -> None:
     """Five data-parallel ranks cut no matrix evenly; the tied embedding's gradient is written back whole."""
     batch = ("train.global_batch_size=10", "train.micro_batch_size=1", TIED)
@@ -172,6 +175,7 @@ def test_stage_3_with_parts_that_need_padding() -> None:
     check(10, ("parallel.pipeline=2",), {batch: reference}, stages=(3,))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tie", ["false", "true"])
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_bf16(part: int, tie: str) -> None:

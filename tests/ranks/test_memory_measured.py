@@ -58,6 +58,7 @@ def check_stage(comparisons: list[Comparison], what: str) -> None:
         assert comparison.measured.unknown == {}, f"{what}: memory that nobody accounts for"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_measured_is_what_was_predicted(layout: str, precision: str) -> None:

@@ -110,6 +110,7 @@ def drawn(world_size: int) -> list[Config]:
     return [sample(generator, world_size) for _ in range(SAMPLES_PER_WORLD_SIZE[world_size])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", SAMPLES_PER_WORLD_SIZE)
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_legal_configurations_start_and_do_a_step(part: int, world_size: int) -> None:

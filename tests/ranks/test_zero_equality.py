@@ -24,6 +24,7 @@ def test_training_moves_and_clips(reference: jobs.Trace) -> None:
     assert min(reference.grad_norms) > 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("part", DAY_AND_NIGHT)
 def test_every_stage_and_accumulation(part: int, reference: jobs.Trace, world_size: int) -> None:

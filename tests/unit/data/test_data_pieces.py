@@ -146,6 +146,7 @@ def test_a_document_that_is_too_long_is_put_aside(data: schema.Data, tmp_path: P
     assert (Path(last["file"]).name, last["line"], last["reason"]) == ("zz.jsonl", 1, "too long")
 
 
+@pytest.mark.long
 def test_killed_again_and_again(data: schema.Data, tmp_path: Path) -> None:
     """SIGKILL of the whole process group at random moments, and at last when nothing but to join is left."""
     (tmp_path / "corpus/one.jsonl").write_text((tmp_path / "corpus/one.jsonl").read_text() * 8)
