@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -31,18 +31,16 @@ def compile_later(module: ModuleType) -> Iterator[None]:
         torch.compile = now
 
 
-@contextmanager
-def disable_what_is_traced(module: ModuleType) -> Iterator[None]:
-    """Make torch._compile's decorator import Dynamo only for what may be traced."""
-    yield
-    module._disable_dynamo = functools.partial(_disable, module._disable_dynamo)  # type: ignore[attr-defined]
+def disable_when_traced(name: str) -> Callable[[ModuleType], AbstractContextManager[None]]:
+    """Make decorator `name` of a module, which keeps functions out of Dynamo, import it only for what may be
+    traced."""
 
+    @contextmanager
+    def around(module: ModuleType) -> Iterator[None]:
+        yield
+        setattr(module, name, functools.partial(_disable, getattr(module, name)))
 
-@contextmanager
-def disable_for_users(module: ModuleType) -> Iterator[None]:
-    """Make torch.compiler.disable import Dynamo only for what may be traced."""
-    yield
-    module.disable = functools.partial(_disable_for_users, module.disable)  # type: ignore[attr-defined]
+    return around
 
 
 @contextmanager
@@ -54,18 +52,9 @@ def break_traced_graphs(module: ModuleType) -> Iterator[None]:
 
 
 def _disable(
-    disable: Callable[..., Any], function: Callable[..., Any] | None = None, recursive: bool = True
-) -> Callable[..., Any]:
-    """Return what torch._compile._disable_dynamo(function) does; untraced, it is `function`."""
-    if function is None:  # a decorator with options
-        return functools.partial(_disable, disable, recursive=recursive)
-    return _choose(disable(function, recursive), function)
-
-
-def _disable_for_users(
     disable: Callable[..., Any], function: Callable[..., Any] | None = None, *options: Any, **more: Any
 ) -> Callable[..., Any]:
-    """Return what torch.compiler.disable(function) does; untraced, it is `function`."""
+    """Return what PyTorch's disable(function) does; untraced, it is `function`."""
     if function is None or isinstance(function, type):  # a decorator with options, or of a class: as it was
         return disable(function, *options, **more)
     disabled = functools.cache(lambda: disable(function, *options, **more))

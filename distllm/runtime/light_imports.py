@@ -14,18 +14,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from distllm.runtime.lazy_compile import (
-    break_traced_graphs,
-    compile_later,
-    disable_for_users,
-    disable_what_is_traced,
-)
+from distllm.runtime.lazy_compile import break_traced_graphs, compile_later, disable_when_traced
 from distllm.runtime.lazy_names import defer
 
 # What is done around the import of each module.
 AROUND: dict[str, Sequence[Callable[[ModuleType], AbstractContextManager[None]]]] = {
-    "torch._compile": [disable_what_is_traced],
-    "torch.compiler": [disable_for_users],
+    "torch._compile": [disable_when_traced("_disable_dynamo")],
+    "torch.compiler": [disable_when_traced("disable")],
     "torch.optim.optimizer": [break_traced_graphs],
     "torch.distributed.checkpoint": [defer],
     "megatron.core": [compile_later, defer],

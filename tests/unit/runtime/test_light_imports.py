@@ -25,6 +25,7 @@ import deepspeed.runtime.zero.muon.original_muon as muon
 weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
 torch.optim.AdamW([weight], lr=0.1).step()
+assert torch.compiler.disable(len)([1]) == 1  # as DeepSpeed's hooks of ZeRO-3
 print([name for name in {heavy} if name in sys.modules])
 print(torch.compile.__module__, muon.muon_update.__name__, weight.requires_grad, weight.tolist())
 """
